@@ -1,0 +1,3 @@
+"""gemwright plans, runs, fine-tunes, checks, exports and serves Google's Gemma 3 on the machine its user owns."""
+
+__version__ = "0.1.0"

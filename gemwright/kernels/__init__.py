@@ -1,0 +1,1 @@
+"""The mathematics, once: plain PyTorch forward and backward of each operation."""

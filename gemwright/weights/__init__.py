@@ -1,0 +1,1 @@
+"""GGUF and safetensors in and out, one name table, finding and verifying models."""
