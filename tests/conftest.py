@@ -1,0 +1,52 @@
+"""Shared fixtures: the real 270M, a tiny random model of the same kind, and an environment that reaches no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = Path(os.environ.get("GEMWRIGHT_HOME", ROOT / ".cache" / "gemwright"))
+
+# Set before torch is imported, and inherited by the child processes that tests start.
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", GEMWRIGHT_HOME=str(HOME))
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_a_worker() -> Iterator[None]:
+    """Tests run side by side; a torch pool in each would only fight over the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The real Gemma 3 270M (GGUF, Q4_K_M) from the package that carries it; assembled once, kept between runs."""
+    from gemwright.weights.pull import resolve_model
+
+    HOME.mkdir(parents=True, exist_ok=True)
+    with FileLock(HOME / "tests.lock"):
+        return resolve_model("270m")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random seven-layer GGUF (the sixth layer is the first global one) with the real tokenizer and vocabulary."""
+    import dataclasses
+
+    from gemwright.spec import SPECS
+    from gemwright.weights.gguf_reader import open_gguf
+    from gemwright.weights.random_model import write_random_gguf
+
+    small = {"layers": 7, "hidden": 64, "mlp": 128, "heads": 2, "kv_heads": 1, "head_dim": 32, "query_scalar": 32}
+    spec = dataclasses.replace(SPECS["270m"], name="tiny", **small)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_random_gguf(path, spec, qtype="Q8_0", seed=0, tokenizer_from=open_gguf(real_model))
+    return path
