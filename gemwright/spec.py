@@ -146,7 +146,10 @@ def spec_from_gguf(metadata: Mapping[str, Any], where: object) -> ModelSpec:
         )
     said = {field: metadata.get(f"gemma3.{key}") for field, key in _GGUF_FIELDS.items()}
     if metadata.get(RANDOM_KEY):
-        return _free_spec(said | {"query_scalar": metadata.get("gemma3.attention.query_scalar")}, metadata, where)
+        said["query_scalar"] = metadata.get("gemma3.attention.query_scalar")
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        said["vocab"] = len(tokens) if tokens is not None else metadata.get("gemma3.vocab_size")
+        return _free_spec(said, str(metadata.get("general.name", "random")), where)
     return _match(said, {field: f"gemma3.{key}" for field, key in _GGUF_FIELDS.items()}, where)
 
 
@@ -164,6 +167,8 @@ def spec_from_config(config: Mapping[str, Any], where: object) -> ModelSpec:
     said["rope_global_base"] = whole.get("rope_theta", text.get("rope_theta"))
     said["rope_local_base"] = local.get("rope_theta", text.get("rope_local_base_freq"))
     said["rope_global_scale"] = whole.get("factor", (text.get("rope_scaling") or {}).get("factor"))
+    if config.get(RANDOM_KEY):
+        return _free_spec(said | {"vocab": text.get("vocab_size")}, "random", where)
     return _match(said, _CONFIG_FIELDS, where)
 
 
@@ -193,16 +198,21 @@ def _match(said: Mapping[str, Any], names: Mapping[str, str], where: object) -> 
 def _same(said: Any, wanted: Any) -> bool:
     if isinstance(said, bool) or not isinstance(said, (int, float)):
         return False
-    return abs(said - wanted) <= 1e-6 * abs(wanted)
+    return bool(abs(said - wanted) <= 1e-6 * abs(wanted))
 
 
-def _free_spec(said: Mapping[str, Any], metadata: Mapping[str, Any], where: object) -> ModelSpec:
-    missing = [k for k in ("layers", "hidden", "mlp", "heads", "kv_heads", "head_dim", "window") if not said.get(k)]
-    if missing:
-        raise InputError(f"metadata lacks {', '.join(missing)}", where=where, fix="Write the file again.")
+def _free_spec(said: Mapping[str, Any], name: str, where: object) -> ModelSpec:
+    """The spec of a file of random weights: any shape, as long as every number is a sensible one."""
     known = {field: value for field, value in said.items() if value is not None}
-    known.setdefault("context", 32_768)
-    known.setdefault("query_scalar", known["head_dim"])
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    known["vocab"] = len(tokens) if tokens is not None else metadata.get("gemma3.vocab_size", SPECS["270m"].vocab)
-    return ModelSpec(name=str(metadata.get("general.name", "random")), **known)
+    needed = ("layers", "hidden", "mlp", "heads", "kv_heads", "head_dim", "window")
+    if missing := [field for field in needed if field not in known]:
+        raise InputError(f"metadata lacks {', '.join(missing)}", where=where, fix="Write the file again.")
+    known = {"context": 32_768, "query_scalar": known["head_dim"]} | known
+    for field, value in known.items():
+        whole = isinstance(getattr(SPECS["270m"], field), int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < 1 << 24:
+            raise InputError(f"{field} is {value!r}", where=where, fix="Write the file again.")
+    if known["heads"] % known["kv_heads"]:
+        what = f"{known['heads']} heads cannot share {known['kv_heads']} kv_heads"
+        raise InputError(what, where=where, fix="Write the file again.")
+    return ModelSpec(name=name, **known)
