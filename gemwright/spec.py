@@ -149,7 +149,7 @@ def spec_from_gguf(metadata: Mapping[str, Any], where: object) -> ModelSpec:
         said["query_scalar"] = metadata.get("gemma3.attention.query_scalar")
         tokens = metadata.get("tokenizer.ggml.tokens")
         said["vocab"] = len(tokens) if tokens is not None else metadata.get("gemma3.vocab_size")
-        return _free_spec(said, str(metadata.get("general.name", "random")), where)
+        return _free_spec(said, str(metadata.get("general.name", "random")).removeprefix("Gemma 3 "), where)
     return _match(said, {field: f"gemma3.{key}" for field, key in _GGUF_FIELDS.items()}, where)
 
 
@@ -215,4 +215,6 @@ def _free_spec(said: Mapping[str, Any], name: str, where: object) -> ModelSpec:
     if known["heads"] % known["kv_heads"]:
         what = f"{known['heads']} heads cannot share {known['kv_heads']} kv_heads"
         raise InputError(what, where=where, fix="Write the file again.")
-    return ModelSpec(name=name, **known)
+    # A GGUF keeps fp32: 1e-6 comes back as 9.99999997e-07.
+    rounded = {field: float(f"{v:.7g}") if isinstance(v, float) else v for field, v in known.items()}
+    return ModelSpec(name=name, **rounded)

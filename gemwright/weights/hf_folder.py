@@ -26,7 +26,7 @@ _BESIDE = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.|(languag
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` as a dictionary."""
-    return _read_object(folder / "config.json")
+    return read_object(folder / "config.json")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -35,7 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         found = [_SINGLE]
     else:
-        mapping = _read_object(index).get("weight_map")
+        mapping = read_object(index).get("weight_map")
         if not isinstance(mapping, dict) or not all(_plain_name(file) for file in mapping.values()):
             raise InputError("has no usable weight_map", where=index, fix="Fetch the folder again.")
         found = sorted(set(mapping.values()))
@@ -144,7 +144,8 @@ def _plain_name(file: Any) -> bool:
     return isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError where it is missing or something else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
