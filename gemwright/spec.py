@@ -216,5 +216,5 @@ def _free_spec(said: Mapping[str, Any], name: str, where: object) -> ModelSpec:
         what = f"{known['heads']} heads cannot share {known['kv_heads']} kv_heads"
         raise InputError(what, where=where, fix="Write the file again.")
     # A GGUF keeps fp32: 1e-6 comes back as 9.99999997e-07.
-    rounded = {field: float(f"{v:.7g}") if isinstance(v, float) else v for field, v in known.items()}
+    rounded: dict[str, Any] = {field: float(f"{v:.7g}") if isinstance(v, float) else v for field, v in known.items()}
     return ModelSpec(name=name, **rounded)
