@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,19 @@ def tiny_model(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     write_random_gguf(path, spec, qtype="Q8_0", seed=0, tokenizer_from=open_gguf(real_model))
     return path
+
+
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="session")
+def gemwright() -> Callable[..., Done]:
+    """`gemwright(*words, given="", **environment)` runs the command line as a process of its own."""
+
+    def run(*words: object, given: str | bytes = "", **environment: str) -> Done:
+        typed = given.encode() if isinstance(given, str) else given
+        command = [sys.executable, "-m", "gemwright", *map(str, words)]
+        done = subprocess.run(command, input=typed, capture_output=True, env=os.environ | environment, check=False)
+        return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run

@@ -1,0 +1,282 @@
+"""The command line: one Typer command a verb, each a thin shell over the room that does the work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from gemwright import __version__
+from gemwright.report import Progressing, command, duration, say, size
+
+if TYPE_CHECKING:
+    from gemwright.engines.protocol import Generation
+    from gemwright.train.loop import Progress
+
+app = typer.Typer(
+    name="gemwright",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Fine-tune, check and run Google's Gemma 3 on the machine you own.
+
+    \b
+    Examples:
+      gemwright demo
+      gemwright pull 270m
+      gemwright tune chats.jsonl --model 270m --out runs/first
+      gemwright run "Say it in Russian: Friday" --model 270m --adapter runs/first
+      gemwright chat --model 270m --adapter runs/first
+      gemwright score page.txt --model 270m
+    """,
+)
+
+ModelName = Annotated[str, typer.Option("--model", "-m", help="270m, a GGUF file or a safetensors folder.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", "-a", help="A run folder of 'gemwright tune'.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after so many tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
+EngineName = Annotated[Literal["llamacpp", "pytorch"], typer.Option("--engine", help="What runs the model.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores unless said.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"gemwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """What every verb shares."""
+
+
+def _give(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """The verb's answer on stdout: `result` as one JSON object, or `text`."""
+    print(json.dumps(result, ensure_ascii=False) if as_json else text, flush=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Run folder; an earlier demo there is replaced.")] = Path(
+        "runs/demo"
+    ),
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune the real Gemma 3 270M on this machine and show it before and after (about six minutes).
+
+    \b
+    Example:
+      gemwright demo
+    """
+    from gemwright.demo import run_demo, show
+
+    with Progressing() as progress:
+        result, examples = run_demo(out, progress, threads=threads)
+    _give(result, as_json, show(result, examples))
+    say("\nNext, try:")
+    for line in (
+        command("gemwright", "chat", "--model", "270m", "--adapter", out),
+        command("gemwright", "run", "Write the date 2031-03-08 in Russian.", "--model", "270m", "--adapter", out),
+        command("gemwright", "tune", "YOUR.jsonl", "--model", "270m", "--out", "runs/mine"),
+    ):
+        say(f"  {line}")
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="270m, 270m-it, 1b, 4b, 12b, 27b (-pt: base model), or a path.")],
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a model, or take one that is here, and check that it is whole.
+
+    \b
+    Examples:
+      gemwright pull 270m
+      gemwright pull ./gemma-3-4b-it-q4_0.gguf --json
+    """
+    from gemwright.weights.pull import pull as fetch
+
+    got = fetch(name, report=say)
+    result = {k: getattr(got, k) for k in ("path", "sha256", "bytes", "size", "quantization")}
+    result["path"] = str(result["path"])
+    _give(
+        result, as_json, f"{got.path}\nGemma 3 {got.size}, {got.quantization}, {size(got.bytes)}, sha256 {got.sha256}"
+    )
+    say(f"next: {command('gemwright', 'chat', '--model', name)}")
+
+
+@app.command()
+def tune(
+    data: Annotated[Path, typer.Argument(help="JSONL: chat 'messages', or 'prompt' and 'completion'.")],
+    model: ModelName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New run folder.")],
+    max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after so many steps.")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data (1).")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="LoRA rank (16).")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha (the rank).")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
+    seq: Annotated[int | None, typer.Option("--seq", min=16, help="Tokens a packed row.")] = None,
+    tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", min=16, help="Tokens a step.")] = None,
+    dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout (0).")] = None,
+    targets: Annotated[str | None, typer.Option("--targets", help="Linears to adapt, e.g. q,k,v,o (all).")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="auto, bf16 or fp32.")] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model with LoRA on your data.
+
+    \b
+    Examples:
+      gemwright tune chats.jsonl --model 270m --out runs/first
+      gemwright tune chats.jsonl --model 270m --out runs/short --max-steps 50 --rank 8 --json
+    """
+    from gemwright.train.config import TrainConfig
+    from gemwright.train.loop import tune as train
+
+    given = {key: value for key, value in locals().items() if key not in ("as_json", "TrainConfig", "train")}
+    config = TrainConfig(**{key: value for key, value in given.items() if value is not None})
+    with Progressing() as progress:
+        result = train(config, lambda p: progress.update(p.phase, p.step / max(p.steps, 1), _training_text(p)))
+    row = asdict(result) | {key: str(getattr(result, key)) for key in ("run", "adapter", "adapter_gguf")}
+    _give(
+        row,
+        as_json,
+        f"{out}: {result.steps} steps, loss {result.loss_first:.3f} -> {result.loss_last:.3f}, "
+        f"{result.tokens_per_s:.0f} tokens/s, peak {size(result.peak_rss_bytes)} of RAM",
+    )
+    say(f"next: {command('gemwright', 'chat', '--model', model, '--adapter', out)}")
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads it from stdin.")],
+    model: ModelName,
+    adapter: Adapter = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat turns.")] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 1.0,
+    seed: Seed = None,
+    engine: EngineName = "llamacpp",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt.
+
+    \b
+    Examples:
+      gemwright run "Write 2031-03-08 in Russian" --model 270m --adapter runs/demo
+      gemwright run "Once upon a time" --model 270m --raw --max-tokens 40 --seed 1 --json
+    """
+    from gemwright.engines.open import open_engine
+    from gemwright.engines.protocol import Sampling
+    from gemwright.engines.session import run_prompt
+    from gemwright.weights.pull import resolve_model
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with open_engine(resolve_model(model), engine=engine, adapter=adapter, threads=threads) as opened:
+        done = run_prompt(opened, text, raw=raw, sampling=sampling, on_text=None if as_json else _stream)
+    _give(_answer(done, opened.name), as_json, "")
+    say(f"next: {command('gemwright', 'chat', '--model', model, *_with(adapter))}")
+
+
+@app.command()
+def chat(
+    model: ModelName,
+    adapter: Adapter = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="Instructions that come before the first turn.")
+    ] = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 1.0,
+    seed: Seed = None,
+    engine: EngineName = "llamacpp",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Talk with a model; from a pipe each line is a turn. /help lists the commands.
+
+    \b
+    Examples:
+      gemwright chat --model 270m --adapter runs/demo
+      gemwright chat --model 270m --json < questions.txt
+    """
+    from gemwright.engines.open import open_engine
+    from gemwright.engines.protocol import Sampling
+    from gemwright.engines.session import Chat
+    from gemwright.talk import talk
+    from gemwright.weights.pull import resolve_model
+
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with open_engine(resolve_model(model), engine=engine, adapter=adapter, threads=threads) as opened:
+        talk(
+            Chat(opened, sampling, system=system, note=say),
+            lambda done: _give(_answer(done, opened.name), as_json, ""),
+            None if as_json else _stream,
+        )
+    say(f"next: {command('gemwright', 'score', 'TEXTFILE', '--model', model, *_with(adapter))}")
+
+
+@app.command()
+def score(
+    textfile: Annotated[Path, typer.Argument(help="A UTF-8 text.")],
+    model: ModelName,
+    adapter: Adapter = None,
+    engine: EngineName = "llamacpp",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how well a model predicts a text: perplexity and bits per byte.
+
+    \b
+    Examples:
+      gemwright score page.txt --model 270m
+      gemwright score page.txt --model 270m --adapter runs/demo --engine pytorch --json
+    """
+    from gemwright.engines.open import open_engine
+    from gemwright.evaluate.perplexity import score_file
+    from gemwright.weights.pull import resolve_model
+
+    with (
+        open_engine(resolve_model(model), engine=engine, adapter=adapter, parallel=4, threads=threads) as opened,
+        Progressing() as progress,
+    ):
+        got = score_file(
+            textfile, opened, lambda done, of: progress.update("scoring", done / of, f"{done}/{of} tokens")
+        )
+    text = f"perplexity {got.perplexity:.3f}, {got.bits_per_byte:.4f} bits per byte"
+    _give(asdict(got), as_json, f"{textfile}: {got.tokens} tokens, {text}, {got.nll_per_token:.4f} nats per token")
+    say(f"next: {command('gemwright', 'tune', 'YOUR.jsonl', '--model', model, '--out', 'runs/mine')}")
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _answer(done: Generation, engine: str) -> dict[str, Any]:
+    fields = ("text", "prompt_tokens", "completion_tokens", "tokens_per_s", "first_token_s")
+    return {field: getattr(done, field) for field in fields} | {"engine": engine}
+
+
+def _with(adapter: Path | None) -> list[object]:
+    return ["--adapter", adapter] if adapter else []
+
+
+def _training_text(progress: Progress) -> str:
+    return (
+        f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {progress.tokens_per_s:.0f} tokens/s  "
+        f"{duration(progress.eta_s)} left  {size(progress.rss_bytes)}"
+    )

@@ -1,0 +1,106 @@
+"""The command line as a person meets it: real processes, their exit codes, and what each stream carries."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gemwright import __version__
+
+VERBS = ("demo", "pull", "tune", "run", "chat", "score")
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_version(gemwright: Run) -> None:
+    done = gemwright("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gemwright {__version__}\n", "")
+
+
+def test_no_words_shows_help(gemwright: Run) -> None:
+    done = gemwright()
+    assert done.returncode == 0
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+    assert done.stdout == gemwright("--help").stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_an_example(gemwright: Run, verb: str) -> None:
+    done = gemwright(verb, "--help")
+    assert done.returncode == 0
+    assert f"  gemwright {verb}" in done.stdout.split("Example", 1)[1]
+    assert "--json" in done.stdout
+
+
+def test_help_starts_at_once(gemwright: Run) -> None:
+    """Under 0.3 s is the promise; a shared machine gets three tries."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        gemwright("--help")
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys, gemwright.cli; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nonsense",),
+        ("pull",),
+        ("tune", "x.jsonl"),
+        ("tune", "x.jsonl", "--model", "270m", "--out", "r", "--max-steps", "many"),
+        ("run", "hello", "--model", "270m", "--temperature", "-1"),
+        ("run", "hello", "--model", "270m", "--loud"),
+        ("score", "x.txt", "--model", "270m", "--engine", "abacus"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(gemwright: Run, words: tuple[str, ...]) -> None:
+    done = gemwright(*words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_completion_script(gemwright: Run) -> None:
+    done = gemwright("--show-completion", "bash", SHELL="/bin/bash")
+    assert done.returncode == 0
+    assert "gemwright" in done.stdout
+
+
+def test_help_in_utf8_whatever_the_locale(gemwright: Run) -> None:
+    done = gemwright("--help", LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0
+
+
+def test_reader_that_leaves_is_no_error() -> None:
+    code = "import os, sys; os.close(0)"
+    with subprocess.Popen(
+        [sys.executable, "-m", "gemwright", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as shown:
+        assert shown.stdout is not None and shown.stderr is not None
+        subprocess.run([sys.executable, "-c", code], stdin=shown.stdout, check=True)
+        shown.stdout.close()
+        assert shown.stderr.read() == b""
+
+
+def test_pull_of_a_local_file(gemwright: Run, tiny_model: Path) -> None:
+    done = gemwright("pull", tiny_model, "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert set(row) == {"path", "sha256", "bytes", "size", "quantization"}
+    assert Path(row["path"]).resolve() == tiny_model.resolve()
+    assert row["bytes"] == tiny_model.stat().st_size
+    assert len(row["sha256"]) == 64
