@@ -1,0 +1,231 @@
+"""Text to token ids and back, built from the model file's own vocabulary, with llama.cpp's exact ids.
+
+The vocabulary is SentencePiece BPE: characters are merged pair by pair, the best-scored piece first and the leftmost
+of equals. A rank-of-pair BPE cannot express that ("aaa" can be made of "a"+"aa" or "aa"+"a", one score, two ranks), so
+the merging is done here; words are remembered, which makes it fast enough and needs no cache on disk.
+Reference: llama.cpp `src/llama-vocab.cpp`, `llm_tokenizer_spm_session`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import heapq
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from gemwright.errors import InputError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
+SPACE: Final = "▁"
+_LONGEST_REMEMBERED = 48  # characters; longer words are rare and would only fill the memory
+
+
+class ModelWithTokenizer(Protocol):
+    """What `Tokenizer.from_model` needs of a model file."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+
+class Tokenizer:
+    """Gemma's tokenizer. Control tokens such as `<eos>` are never made from text: written in text they stay text."""
+
+    def __init__(self, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> None:
+        """`tokens`, `scores`, `types`: one entry per id, as in GGUF's `tokenizer.ggml.*`."""
+        self._tokens = tokens
+        self._types = types
+        self._user = {text: id_ for id_, text in enumerate(tokens) if types[id_] == USER_DEFINED}
+        self._bytes = {int(tokens[id_][3:5], 16): id_ for id_ in range(len(tokens)) if types[id_] == BYTE}
+        self._byte_of = {id_: value for value, id_ in self._bytes.items()}
+        self._ids = {text: id_ for id_, text in enumerate(tokens) if types[id_] == NORMAL}
+        self._rank = {text: -scores[id_] for text, id_ in self._ids.items()}
+        self._user_pattern = _longest_first(self._user)
+        self._word_pattern = _word_boundaries(self._ids)
+        self._remembered = lru_cache(maxsize=1 << 17)(self._merge)
+
+    @classmethod
+    def from_model(cls, model: ModelWithTokenizer) -> Tokenizer:
+        """The tokenizer of an opened model: a GGUF's metadata, or `tokenizer.json` in a Hugging Face folder."""
+        if "tokenizer.ggml.tokens" in model.metadata:
+            return cls.from_gguf(model.metadata, where=model.path)
+        folder = model.path if model.path.is_dir() else model.path.parent
+        return cls.from_huggingface(folder)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, where: object = None) -> Tokenizer:
+        """Built from `tokenizer.ggml.*`; InputError where it is missing, inconsistent, or of another kind."""
+        kind = metadata.get("tokenizer.ggml.model")
+        if kind != "llama":
+            raise InputError(f"tokenizer is {kind!r}, not SentencePiece ('llama')", where=where, fix=_ANOTHER_FILE)
+        try:
+            tokens = [str(text) for text in metadata["tokenizer.ggml.tokens"]]
+            scores = [float(score) for score in metadata["tokenizer.ggml.scores"]]
+            types = [int(kind) for kind in metadata["tokenizer.ggml.token_type"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"tokenizer metadata is damaged ({error})", where=where, fix=_ANOTHER_FILE) from error
+        if metadata.get("tokenizer.ggml.add_space_prefix", True):
+            raise InputError("tokenizer adds a leading space, Gemma's does not", where=where, fix=_ANOTHER_FILE)
+        return cls._checked(tokens, scores, types, where)
+
+    @classmethod
+    def from_huggingface(cls, folder: Path) -> Tokenizer:
+        """Built from `tokenizer.json`; Gemma's ids lie in order of score, which the file itself does not hold."""
+        path = folder / "tokenizer.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            vocabulary: dict[str, int] = dict(content["model"]["vocab"])
+            added = {int(entry["id"]): entry for entry in content.get("added_tokens", [])}
+            tokens = _by_id(vocabulary, added)
+            types = [_type_of(text, added.get(id_)) for id_, text in enumerate(tokens)]
+        except FileNotFoundError:
+            raise InputError("tokenizer.json is missing", where=folder, fix="Copy it from the same model.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"not a Gemma tokenizer ({error})", where=path, fix=_ANOTHER_FILE) from error
+        tokens = [text.replace(SPACE, " ") if types[id_] == USER_DEFINED else text for id_, text in enumerate(tokens)]
+        return cls._checked(tokens, [-float(id_) for id_ in range(len(tokens))], types, path)
+
+    @classmethod
+    def _checked(cls, tokens: list[str], scores: list[float], types: list[int], where: object) -> Tokenizer:
+        if not len(tokens) == len(scores) == len(types):
+            lengths = f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types"
+            raise InputError(f"tokenizer is inconsistent: {lengths}", where=where, fix=_ANOTHER_FILE)
+        in_bytes = {text for text, kind in zip(tokens, types, strict=True) if kind == BYTE}
+        if in_bytes != {f"<0x{value:02X}>" for value in range(256)}:
+            raise InputError("tokenizer lacks the 256 byte tokens", where=where, fix=_ANOTHER_FILE)
+        return cls(tokens, scores, types)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        return len(self._tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS. InputError where `text` holds half a surrogate pair, which is no character."""
+        ids: list[int] = []
+        start = 0
+        for match in self._user_pattern.finditer(text):
+            self._encode_plain(text[start : match.start()], ids)
+            ids.append(self._user[match.group()])
+            start = match.end()
+        self._encode_plain(text[start:], ids)
+        return ids
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; control tokens have none, bytes that form no UTF-8 become U+FFFD."""
+        return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")
+
+    def bytes_of(self, id_: int) -> bytes:
+        """What one token adds to the text, in UTF-8."""
+        if not 0 <= id_ < len(self._tokens):
+            raise InputError(f"token id {id_} is outside the vocabulary of {len(self._tokens)}")
+        kind = self._types[id_]
+        if kind == BYTE:
+            return bytes([self._byte_of[id_]])
+        if kind in (CONTROL, UNKNOWN):
+            return b""
+        text = self._tokens[id_]
+        return (text if kind == USER_DEFINED else text.replace(SPACE, " ")).encode("utf-8")
+
+    def stream(self) -> StreamDecoder:
+        """A decoder to feed one id at a time."""
+        return StreamDecoder(self)
+
+    def _encode_plain(self, text: str, ids: list[int]) -> None:
+        for word in self._word_pattern.findall(text.replace(" ", SPACE)):
+            ids.extend(self._remembered(word) if len(word) <= _LONGEST_REMEMBERED else self._merge(word))
+
+    def _merge(self, word: str) -> tuple[int, ...]:
+        """Merge neighbours, best score first, leftmost of equals, until no pair makes a piece."""
+        rank = self._rank
+        parts: list[str] = list(word)  # a merged-away part is ""
+        count = len(parts)
+        before, after = list(range(-1, count - 1)), list(range(1, count + 1))
+        queue = [(rank[pair], i, pair) for i in range(count - 1) if (pair := parts[i] + parts[i + 1]) in rank]
+        heapq.heapify(queue)
+        while queue:
+            _, left, pair = heapq.heappop(queue)
+            right = after[left]
+            if not parts[left] or right >= count or parts[left] + parts[right] != pair:
+                continue
+            parts[left], parts[right] = pair, ""
+            following = after[left] = after[right]
+            if following < count:
+                before[following] = left
+                if (longer := pair + parts[following]) in rank:
+                    heapq.heappush(queue, (rank[longer], left, longer))
+            if (previous := before[left]) >= 0 and (longer := parts[previous] + pair) in rank:
+                heapq.heappush(queue, (rank[longer], previous, longer))
+        return tuple(id_ for part in parts if part for id_ in self._piece_ids(part))
+
+    def _piece_ids(self, piece: str) -> Sequence[int]:
+        if (id_ := self._ids.get(piece)) is not None:
+            return (id_,)
+        try:
+            return [self._bytes[value] for value in piece.encode("utf-8")]
+        except UnicodeEncodeError:
+            raise InputError(
+                f"text holds half a surrogate pair (U+{ord(piece):04X})", fix="Remove or repair that character."
+            ) from None
+
+
+class StreamDecoder:
+    """Turns ids into text as they come and never hands out part of a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, id_: int) -> str:
+        """The text that is complete with this id; "" while a character is still unfinished."""
+        return self._utf8.decode(self._tokenizer.bytes_of(id_))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else ""."""
+        return self._utf8.decode(b"", final=True)
+
+
+_ANOTHER_FILE = "Take the model file of a Gemma 3 model."
+
+
+def _longest_first(texts: Iterable[str]) -> re.Pattern[str]:
+    """Leftmost, longest of `texts`; the lookahead skips quickly where none can begin."""
+    ordered = sorted(texts, key=len, reverse=True)
+    if not ordered:
+        return re.compile(r"(?!)")
+    first = "".join(sorted({re.escape(text[0]) for text in ordered}))
+    return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, ordered))})")
+
+
+def _word_boundaries(pieces: Iterable[str]) -> re.Pattern[str]:
+    """Words to be merged on their own: no piece crosses a space, but after the few characters where one does."""
+    crossing = {piece[at - 1] for piece in pieces for at in _inner_spaces(piece)}
+    keep = "".join(map(re.escape, sorted(crossing)))
+    inner = f"[^{SPACE}]|(?<=[{keep}]){SPACE}" if keep else f"[^{SPACE}]"
+    return re.compile(f"(?s:.(?:{inner})*)")
+
+
+def _inner_spaces(piece: str) -> list[int]:
+    return [at for at in range(1, len(piece)) if piece[at] == SPACE] if SPACE in piece[1:] else []
+
+
+def _by_id(vocabulary: Mapping[str, int], added: Mapping[int, Any]) -> list[str]:
+    texts = {id_: text for text, id_ in vocabulary.items()} | {id_: entry["content"] for id_, entry in added.items()}
+    return [texts[id_] for id_ in range(len(texts))]
+
+
+def _type_of(text: str, added: Mapping[str, Any] | None) -> int:
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+        return BYTE
+    if added is None:
+        return NORMAL
+    return CONTROL if added["special"] or text.startswith("<unused") else USER_DEFINED

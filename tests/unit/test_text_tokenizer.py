@@ -1,0 +1,150 @@
+"""The tokenizer on a small vocabulary: merging, bytes, control tokens, streaming, damaged files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemwright.errors import InputError
+from gemwright.text.tokenizer import BYTE, CONTROL, NORMAL, SPACE, USER_DEFINED, Tokenizer
+
+CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>", "<unused0>"]
+USER = ["\n", "\n\n", "  ", "   ", "<td>"]
+BYTES = [f"<0x{value:02X}>" for value in range(256)]
+# In order of score: "aa" before "aaa" before "ab"; "a b" crosses a space; single characters come last.
+PIECES = ["aa", "aaa", "ab", f"{SPACE}a", f">{SPACE}<", "aab", "hel", "lo", *"abhelo<>td/us", SPACE, "п", "漢"]
+
+
+def metadata() -> dict[str, Any]:
+    tokens = CONTROLS + USER + BYTES + PIECES
+    types = [CONTROL] * len(CONTROLS) + [USER_DEFINED] * len(USER) + [BYTE] * 256 + [NORMAL] * len(PIECES)
+    scores = [-1000.0] * (len(tokens) - len(PIECES)) + [-float(rank) for rank in range(len(PIECES))]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+TOKENIZER = Tokenizer.from_gguf(metadata())
+TOKENS = metadata()["tokenizer.ggml.tokens"]
+
+
+def pieces(text: str) -> list[str]:
+    return [TOKENS[id_] for id_ in TOKENIZER.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("aab", ["aab"]),
+        ("aaab", ["aaa", "b"]),
+        ("aaaaa", ["aa", "aaa"]),  # aa aa a: of two equal-scored ways to "aaa" only the one that exists
+        ("hello", ["h", "e", "l", "lo"]),  # "hel" cannot be reached by pairs
+        ("a a", ["a", f"{SPACE}a"]),
+        ("> <", [">", SPACE, "<"]),  # crosses a space, but its halves are not pieces
+        ("a\n\n\na", ["a", "\n\n", "\n", "a"]),
+        ("a    a", ["a", "   ", f"{SPACE}a"]),
+        ("<td>", ["<td>"]),
+        ("é", ["<0xC3>", "<0xA9>"]),
+        ("\x00", ["<0x00>"]),
+        ("<eos>", ["<", "e", "o", "s", ">"]),
+        ("漢п", ["漢", "п"]),
+    ],
+)
+def test_encode(text: str, expected: list[str]) -> None:
+    assert pieces(text) == expected
+
+
+def test_leftmost_of_equal_scores_is_merged_first() -> None:
+    tokens, types = [*BYTES, "aa", "a"], [BYTE] * 256 + [NORMAL] * 2
+    tokenizer = Tokenizer(tokens, [-float(id_) for id_ in range(258)], types)
+    assert [tokens[id_] for id_ in tokenizer.encode("aaaaa")] == ["aa", "aa", "a"]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_control_tokens_are_never_made_from_text(control: str) -> None:
+    assert TOKENS.index(control) not in TOKENIZER.encode(f"a{control}a {control}\n{control}")
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(InputError, match=r"U\+D83D"):
+        TOKENIZER.encode("a\ud83d")
+
+
+@given(st.text() | st.text(alphabet="ab \n<>tdh\u2028é漢😀"))
+def test_decode_gives_the_text_back(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text.replace(SPACE, " ")
+
+
+@given(st.lists(st.integers(0, len(TOKENS) - 1)))
+def test_stream_equals_decode(ids: list[int]) -> None:
+    stream = TOKENIZER.stream()
+    assert "".join([*map(stream.feed, ids), stream.flush()]) == TOKENIZER.decode(ids)
+
+
+def test_stream_never_splits_a_character() -> None:
+    stream = TOKENIZER.stream()
+    assert [stream.feed(id_) for id_ in TOKENIZER.encode("😀a")] == ["", "", "", "😀", "a"]
+    assert stream.flush() == ""
+
+
+def test_decode_of_bytes_that_are_no_text() -> None:
+    ids = [TOKENS.index("<0xF0>"), TOKENS.index("<0x9F>"), TOKENS.index("a"), TOKENS.index("<0xFF>")]
+    assert TOKENIZER.decode([*ids, TOKENS.index("<eos>")]) == "\ufffda\ufffd"
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        TOKENIZER.decode([len(TOKENS)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.model": "gpt2"}, "not SentencePiece"),
+        ({"tokenizer.ggml.scores": [0.0]}, "inconsistent"),
+        ({"tokenizer.ggml.scores": ["x"]}, "damaged"),
+        ({"tokenizer.ggml.add_space_prefix": True}, "leading space"),
+        ({"tokenizer.ggml.token_type": [NORMAL] * len(TOKENS)}, "byte tokens"),
+    ],
+)
+def test_unusable_metadata_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Tokenizer.from_gguf(metadata() | change)
+
+
+def huggingface_json() -> dict[str, Any]:
+    """As Gemma's file is: runs of spaces are written with the sign for a space, `<unused0>` is not called special."""
+    added = [
+        {"id": id_, "content": text.replace(" ", SPACE), "special": text in CONTROLS[:4]}
+        for id_, text in enumerate(CONTROLS + USER)
+    ]
+    vocabulary = {text.replace(" ", SPACE): id_ for id_, text in enumerate(TOKENS)}
+    return {"added_tokens": added, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
+
+
+@given(st.text(alphabet="ab \n<>tdheloun0s/é"))
+def test_huggingface_folder_gives_the_same_ids(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    folder = tmp_path_factory.getbasetemp() / "hf"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(huggingface_json()), encoding="utf-8")
+    tokenizer = Tokenizer.from_model(SimpleNamespace(path=folder, metadata={}))
+    for sample in (text, "<eos><unused0>a   a"):
+        assert tokenizer.encode(sample) == TOKENIZER.encode(sample)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"model": {"vocab": {"a": 5}}}', '{"model": {"vocab": {"a": 0}}}']
+)
+def test_unusable_huggingface_folder_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        Tokenizer.from_huggingface(tmp_path)
