@@ -19,7 +19,7 @@ def cli_page() -> str:
     from gemwright.cli import app
 
     runner, parts = CliRunner(), [HEAD]
-    for verb in ["", *get_command(app).commands]:  # type: ignore[attr-defined]
+    for verb in ["", *get_command(app).commands]:
         shown = runner.invoke(app, [*verb.split(), "--help"], prog_name="gemwright").stdout
         lines = "\n".join(line.rstrip() for line in shown.strip().splitlines())
         parts.append(f"## `{' '.join(['gemwright', *verb.split()])}`\n")

@@ -1,0 +1,169 @@
+"""The demo: fine-tune the real Gemma 3 270M on dates, money and names in many languages; measure before and after."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemwright.errors import InputError
+from gemwright.report import Progressing, duration
+from gemwright.runs import write_json
+
+if TYPE_CHECKING:
+    from gemwright.data.read import Example
+    from gemwright.train.loop import Progress, TuneResult
+
+MODEL = "270m"
+STEPS, RANK, SEQ, TOKENS_PER_STEP, LEARNING_RATE = 110, 16, 256, 1024, 1e-3
+TESTED, SIDE_BY_SIDE, LONGEST_ANSWER = 120, 4, 40
+# Where each phase ends on the one bar: its share of the time measured on two cores.
+BEGUN, BEFORE_DONE, TRAINED = 0.02, 0.10, 0.92
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One held-out question, the answer of the base model, of the tuned one, and the right one."""
+
+    question: str
+    before: str
+    after: str
+    right: str
+
+
+def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tuple[dict[str, Any], list[Shown]]:
+    """Fetch, measure, tune, measure again; the summary (also kept as `summary.json` in `out`) and examples to show.
+
+    An earlier demo in `out` is replaced. Raises InputError where `out` holds anything else.
+    """
+    from gemwright.data.cldr import load_split, train_file
+    from gemwright.train.config import TrainConfig
+    from gemwright.train.loop import tune
+    from gemwright.weights.pull import pull
+
+    start = time.perf_counter()
+    _clear(out)
+    progress.update("weights", 0.0, "fetching and verifying Gemma 3 270M")
+    model = pull(MODEL, report=progress.say).path
+    test = load_split("test")[:TESTED]
+    before = _answers(model, None, test, progress, ("before", BEGUN, BEFORE_DONE), threads)
+    settings = {"max_steps": STEPS, "rank": RANK, "seq": SEQ, "tokens_per_step": TOKENS_PER_STEP, "lr": LEARNING_RATE}
+    config = TrainConfig(data=train_file(), model=model, out=out, threads=threads, **settings)
+    trained = tune(config, lambda now: _training(now, progress))
+    after = _answers(model, out, test, progress, ("after", TRAINED, 1.0), threads)
+    summary = _summary(trained, test, before, after) | {"seconds": round(time.perf_counter() - start, 1), "run": str(out)}
+    write_json(out / "summary.json", summary)
+    progress.update("done", 1.0)
+    return summary, _examples(test, before, after)
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo at `out`, finished or broken off; never anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    config = out / "config.json"
+    try:
+        data = str(json.loads(config.read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        data = ""
+    if Path(data).parts[-2:] != ("cldr", "train.jsonl"):
+        raise InputError("holds something that is not a demo", where=out, fix="Choose another --out.")
+    newest = max(file.stat().st_mtime for file in out.iterdir())
+    if (out / "lock").exists() and time.time() - newest < 60:
+        raise InputError("another demo is at work here", where=out, fix="Wait a minute, or choose another --out.")
+    shutil.rmtree(out)
+
+
+def _answers(
+    model: Path,
+    adapter: Path | None,
+    test: Sequence[Example],
+    progress: Progressing,
+    share: tuple[str, float, float],
+    threads: int | None,
+) -> list[str]:
+    """The model's greedy answer to each question, several side by side through llama.cpp."""
+    from gemwright.engines.llamacpp import LlamaCpp
+    from gemwright.engines.open import open_engine
+    from gemwright.engines.protocol import Sampling
+    from gemwright.text.chat import render_prompt
+
+    phase, begin, end = share
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        progress.update(phase, begin + (end - begin) * done / len(test), f"{done}/{len(test)} held-out questions")
+
+    progress.update(phase, begin, "loading llama.cpp")
+    with open_engine(model, adapter=adapter, parallel=SIDE_BY_SIDE, threads=threads) as engine:
+        if not isinstance(engine, LlamaCpp):
+            raise TypeError(f"the demo measures through llama.cpp, not {engine.name}")
+        prompts = [render_prompt(example.messages[:-1], engine.encode) for example in test]
+        sampling = Sampling(max_tokens=LONGEST_ANSWER, temperature=0.0)
+        return [given.text for given in engine.generate_many(prompts, sampling, count)]
+
+
+def _training(now: Progress, progress: Progressing) -> None:
+    text = f"step {now.step}/{now.steps}  loss {now.loss:.3f}  {now.tokens_per_s:.0f} tokens/s  {duration(now.eta_s)} left"
+    progress.update("training", BEFORE_DONE + (TRAINED - BEFORE_DONE) * now.step / max(now.steps, 1), text)
+
+
+def _summary(
+    trained: TuneResult, test: Sequence[Example], before: Sequence[str], after: Sequence[str]
+) -> dict[str, Any]:
+    from gemwright.data.cldr import exact_match, load_split
+
+    right = [example.messages[-1]["content"] for example in test]
+    return {
+        "train_examples": len(load_split("train")),
+        "test_examples": len(test),
+        "exact_match_before": round(exact_match(before, right), 4),
+        "exact_match_after": round(exact_match(after, right), 4),
+        "loss_first": trained.loss_first,
+        "loss_last": trained.loss_last,
+        "tokens_per_s": trained.tokens_per_s,
+    }
+
+
+def _examples(test: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> list[Shown]:
+    """A few questions, in as many languages, Russian first."""
+    return [
+        Shown(example.messages[0]["content"], old, new, example.messages[-1]["content"])
+        for example, old, new in zip(test, before, after, strict=True)
+    ]
+
+
+def show(summary: dict[str, Any], examples: Sequence[Shown]) -> str:
+    """The result as a person reads it: a table of answers before and after, and the score."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("Asked (never seen in training)", "Gemma 3 270M before", "after", "", box=SIMPLE_HEAD)
+    for row in examples:
+        mark = "right" if row.after.strip() == row.right else f"wrong: {row.right}"
+        table.add_row(*(Text(cell) for cell in (row.question, _short(row.before), _short(row.after), mark)))
+    console = Console(file=io.StringIO(), width=110, highlight=False)
+    console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    return (
+        "\n".join(line.rstrip() for line in shown.rstrip().splitlines())
+        + f"\n\nexact answers on {summary['test_examples']} held-out questions: "
+        f"{summary['exact_match_before']:.0%} before, {summary['exact_match_after']:.0%} after; "
+        f"loss {summary['loss_first']:.2f} -> {summary['loss_last']:.2f}, {summary['tokens_per_s']:.0f} tokens/s, "
+        f"{duration(summary['seconds'])} in all"
+    )
+
+
+def _short(text: str) -> str:
+    """The first line of an answer, cut to what a column holds."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "(nothing)")
+    return line if len(line) <= 40 else line[:39] + "…"
