@@ -15,6 +15,7 @@ from gguf import LlamaFileType
 from gemwright.errors import InputError
 from gemwright.spec import LINEARS, RANDOM_KEY, VOCAB_ROWS, ModelSpec, spec_from_config, spec_from_gguf
 from gemwright.weights import hf_folder, names
+from gemwright.weights.digest import sha256_file
 from gemwright.weights.gguf_reader import StoredTensor, open_gguf
 from gemwright.weights.quants import QTYPES, unpack
 
@@ -47,11 +48,10 @@ class ModelFile:
         digests = [sha256_file(file) for file in hf_folder.weight_files(self.path)]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
-
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    def bytes(self) -> int:
+        """Size on disk, of the weights alone for a folder."""
+        files = [self.path] if self.path.is_file() else hf_folder.weight_files(self.path)
+        return sum(file.stat().st_size for file in files)
 
 
 def open_model(path: Path | str) -> ModelFile:
