@@ -71,7 +71,7 @@ def bad_model(kind: str, folder: Path, tiny: Path) -> Path:
 
 MODELS = {
     "missing": "no",
-    "empty": "GGUF",
+    "empty": "empty",
     "text": "GGUF",
     "truncated": "",
     "cut-header": "",
