@@ -13,7 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,7 +29,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils._headers import build_hf_headers
 
 from gemwright.errors import GemwrightError, InputError, MachineError
 from gemwright.weights.digest import sha256_file
@@ -78,8 +84,10 @@ def _fetch(url: str, blob: Path, size: int | None, repo: str, report: Callable[[
             raise MachineError(what, where=blob.parent, fix="Free some space, or set HF_HOME to another disk.")
         total = f"{size / 1e6:,.0f} MB" if size is not None else "a file of unknown size"
         report(f"downloading {total} from {repo}" + (f", from {have / 1e6:,.0f} MB on" if have else ""))
+        token = get_token()
+        headers = {"authorization": f"Bearer {token}"} if token else {}
         with part.open("ab") as handle:
-            http_get(url, handle, resume_size=have, headers=build_hf_headers(), expected_size=size)
+            http_get(url, handle, resume_size=have, headers=headers, expected_size=size)
             handle.flush()
             os.fsync(handle.fileno())
         if (got := sha256_file(part)) != blob.name:
