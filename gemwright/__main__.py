@@ -51,10 +51,6 @@ def _explain(error: Exception) -> tuple[int, str]:
         return error.exit_code, f"error: {error}"
     if hasattr(error, "format_message"):  # typer's own usage errors
         return 2, f"error: {error.format_message().rstrip('.')}. Try 'gemwright --help'."
-    if type(error).__name__ == "ValidationError":  # pydantic's; importing it here would slow every start
-        first = error.errors()[0]  # type: ignore[attr-defined]
-        option = "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        return 2, f"error: --{option}: {first['msg']}. Try 'gemwright tune --help'."
     if isinstance(error, UnicodeDecodeError):
         return 2, "error: input is not UTF-8. Save it as UTF-8."
     text = " ".join(str(error).split())

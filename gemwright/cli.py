@@ -126,9 +126,9 @@ def tune(
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data (1).")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="LoRA rank (16).")] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha (the rank).")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
-    seq: Annotated[int | None, typer.Option("--seq", min=16, help="Tokens a packed row.")] = None,
-    tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", min=16, help="Tokens a step.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate (0.001).")] = None,
+    seq: Annotated[int | None, typer.Option("--seq", min=16, help="Tokens a packed row (1024).")] = None,
+    accumulate: Annotated[int | None, typer.Option("--accumulate", min=1, help="Rows a step (1).")] = None,
     dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout (0).")] = None,
     targets: Annotated[str | None, typer.Option("--targets", help="Linears to adapt, e.g. q,k,v,o (all).")] = None,
     precision: Annotated[str | None, typer.Option("--precision", help="auto, bf16 or fp32.")] = None,
@@ -143,11 +143,13 @@ def tune(
       gemwright tune chats.jsonl --model 270m --out runs/first
       gemwright tune chats.jsonl --model 270m --out runs/short --max-steps 50 --rank 8 --json
     """
-    from gemwright.train.config import TrainConfig
+    given = locals() | {"targets": tuple(targets.split(",")) if targets else None}
+    from gemwright.train.config import make_config
     from gemwright.train.loop import tune as train
+    from gemwright.weights.pull import resolve_model
 
-    given = {key: value for key, value in locals().items() if key not in ("as_json", "TrainConfig", "train")}
-    config = TrainConfig(**{key: value for key, value in given.items() if value is not None})
+    settings = {key: value for key, value in given.items() if value is not None and key != "as_json"}
+    config = make_config(**settings | {"model": resolve_model(model)})
     with Progressing() as progress:
         result = train(config, lambda p: progress.update(p.phase, p.step / max(p.steps, 1), _training_text(p)))
     row = asdict(result) | {key: str(getattr(result, key)) for key in ("run", "adapter", "adapter_gguf")}
@@ -189,6 +191,8 @@ def run(
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with open_engine(resolve_model(model), engine=engine, adapter=adapter, threads=threads) as opened:
         done = run_prompt(opened, text, raw=raw, sampling=sampling, on_text=None if as_json else _stream)
+    if done.stop_reason == "cancelled":
+        raise KeyboardInterrupt
     _give(_answer(done, opened.name), as_json, "")
     say(f"next: {command('gemwright', 'chat', '--model', model, *_with(adapter))}")
 

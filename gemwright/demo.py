@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gemwright.train.loop import Progress, TuneResult
 
 MODEL = "270m"
-STEPS, RANK, SEQ, TOKENS_PER_STEP, LEARNING_RATE = 110, 16, 256, 1024, 1e-3
+STEPS, RANK, SEQ, LEARNING_RATE = 110, 16, 1024, 1e-3
 SIDE_BY_SIDE, LONGEST_ANSWER = 8, 40
 SHOWN = ("Russian", "Russian", "Ukrainian", "German", "Polish", "Greek", "Turkish", "Japanese", "Hindi", "Spanish")
 # Where each phase ends on the one bar: its share of the time measured on two cores.
@@ -54,8 +54,8 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
     model = pull(MODEL, report=progress.say).path
     test = load_split("test")
     before = _answers(model, None, test, progress, ("before", BEGUN, BEFORE_DONE), threads)
-    settings = {"max_steps": STEPS, "rank": RANK, "seq": SEQ, "tokens_per_step": TOKENS_PER_STEP, "lr": LEARNING_RATE}
-    config = TrainConfig(data=split_path("train"), model=model, out=out, threads=threads, **settings)
+    files = {"data": split_path("train"), "model": model, "out": out}
+    config = TrainConfig(**files, max_steps=STEPS, epochs=2, rank=RANK, seq=SEQ, lr=LEARNING_RATE, threads=threads)
     trained = tune(config, lambda now: _training(now, progress))
     after = _answers(model, out, test, progress, ("after", TRAINED, 1.0), threads)
     summary = _summary(trained, test, before, after) | {
