@@ -1,0 +1,35 @@
+"""RMSNorm with a folded weight (1+w already added), forward and backward, statistics and products in fp32.
+
+Shapes: x [..., D] in the compute dtype, weight [D] fp32, rstd [..., 1] fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (y, rstd) with y = x * rstd * weight (+ residual) in `dtype` (default x's).
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Gemma multiplies in fp32 and rounds once, at the end.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    rstd = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+    scaled = torch.mul(x, rstd).mul_(weight)
+    if residual is not None:
+        scaled.add_(residual)
+    return scaled.to(dtype or x.dtype), rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, *, add: Tensor | None = None) -> Tensor:
+    """Return dx (+ add) in x's dtype; dy may be of any float dtype. The weight is frozen and gets no gradient."""
+    g = torch.mul(dy, weight)
+    inner = torch.mul(g, x).sum(-1, keepdim=True)
+    coefficient = rstd.pow(3).mul_(inner).mul_(-1.0 / x.shape[-1])
+    dx = g.mul_(rstd).add_(torch.mul(x, coefficient))
+    if add is not None:
+        dx.add_(add)
+    return dx.to(x.dtype)

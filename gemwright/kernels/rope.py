@@ -1,0 +1,35 @@
+"""Rotary position embedding over half-split heads, forward and backward.
+
+Shapes: x [N, H, D]; tables cos and sin [N, 1, D/2] fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_table(positions: Tensor, head_dim: int, base: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for integer `positions` [N]; `scale` divides the positions (linear scaling, 8 from 4B up).
+
+    Source: Su et al. 2021 (arXiv 2104.09864).
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.to(torch.float32)[:, None] * (1.0 / (scale * base**exponents))
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rope(x: Tensor, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Rotate x into a new tensor of `dtype`."""
+    cos, sin = table
+    low, high = x.chunk(2, dim=-1)
+    out = torch.empty_like(x, dtype=dtype)
+    half = x.shape[-1] // 2
+    out[..., :half] = torch.mul(low, cos).addcmul_(high.float(), sin, value=-1)
+    out[..., half:] = torch.mul(high, cos).addcmul_(low.float(), sin)
+    return out
+
+
+def rope_backward(dy: Tensor, table: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The gradient of `rope`: the rotation by the opposite angle."""
+    return rope(dy, (table[0], -table[1]), dtype)

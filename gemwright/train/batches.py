@@ -1,0 +1,109 @@
+"""From conversations to packed rows of tokens, in an order that is a pure function of seed, epoch and position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemwright.data.read import read_examples
+from gemwright.errors import GemwrightError, InputError
+from gemwright.kernels.attention import Block
+from gemwright.model.decoder import plan_attention, rope_tables
+from gemwright.model.layer import Table
+from gemwright.spec import ModelSpec
+from gemwright.text.chat import Message, TrainOn, encode_example
+
+OPEN_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: token ids, and for each whether it is a target."""
+
+    ids: list[int]
+    labelled: list[bool]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One micro-batch: documents one after another, without padding.
+
+    ids [N] int64; `at` [M] positions whose next token is a target, and those `targets` [M]; attention blocks and
+    rotation tables as (local, global).
+    """
+
+    ids: Tensor
+    at: Tensor
+    targets: Tensor
+    blocks: tuple[list[Block], list[Block]]
+    tables: tuple[Table, Table]
+
+
+def encode_file(path: Path, encode: Callable[[str], list[int]], train_on: TrainOn, seq: int) -> list[Encoded]:
+    """All examples of a file as ids; InputError with the line where one cannot be used or is longer than `seq`."""
+    encoded, longest, where = [], 0, 0
+    for example in read_examples(path):
+        messages = [Message(turn["role"], turn["content"]) for turn in example.messages]
+        try:
+            ids, labelled = encode_example(messages, encode, train_on)
+        except GemwrightError as error:
+            raise InputError(error.what, where=f"{path}:{example.line}", fix=error.fix) from error
+        if len(ids) > longest:
+            longest, where = len(ids), example.line
+        encoded.append(Encoded(ids, labelled))
+    if longest > seq:
+        long = sum(len(e.ids) > seq for e in encoded)
+        raise InputError(
+            f"{long} of {len(encoded)} examples are longer than {seq} tokens, the longest has {longest}",
+            where=f"{path}:{where}",
+            fix=f"Use --seq {longest} or shorten them.",
+        )
+    return encoded
+
+
+def pack(examples: Sequence[Encoded], seq: int, seed: int, epoch: int) -> list[list[int]]:
+    """Rows of example indices for one epoch: shuffled, then each put into the fullest open row that still holds it."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, list[int]]] = []  # (tokens, indices)
+    for index in order:
+        size = len(examples[index].ids)
+        fitting = [i for i, (used, _) in enumerate(open_rows) if used + size <= seq]
+        if fitting:
+            best = max(fitting, key=lambda i: open_rows[i][0])
+            used, members = open_rows[best]
+            open_rows[best] = (used + size, [*members, index])
+        else:
+            if len(open_rows) == OPEN_ROWS:
+                fullest = max(range(OPEN_ROWS), key=lambda i: open_rows[i][0])
+                rows.append(open_rows.pop(fullest)[1])
+            open_rows.append((size, [index]))
+    return rows + [members for _, members in sorted(open_rows, key=lambda row: -row[0])]
+
+
+def make_row(spec: ModelSpec, documents: Sequence[Encoded]) -> Row:
+    """Lay documents end to end; positions begin at 0 in each, and no label crosses from one to the next."""
+    lengths = [len(d.ids) for d in documents]
+    ids = torch.tensor([i for d in documents for i in d.ids])
+    learned = torch.tensor([flag for d in documents for flag in [*d.labelled[1:], False]])
+    at = learned.nonzero()[:, 0]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return Row(ids, at, ids[at + 1], plan_attention(spec, lengths), rope_tables(spec, positions))
+
+
+def steps(
+    spec: ModelSpec, examples: Sequence[Encoded], seq: int, rows_per_step: int, seed: int
+) -> Iterator[tuple[float, list[Row]]]:
+    """Endless steps of up to `rows_per_step` rows, each with the epochs passed after it; none spans two epochs."""
+    epoch = 0
+    while True:
+        rows = pack(examples, seq, seed, epoch)
+        for start in range(0, len(rows), rows_per_step):
+            chosen = rows[start : start + rows_per_step]
+            passed = epoch + (start + len(chosen)) / len(rows)
+            yield passed, [make_row(spec, [examples[i] for i in members]) for members in chosen]
+        epoch += 1

@@ -1,0 +1,66 @@
+"""What a fine-tune is asked to do, checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from gemwright.errors import InputError
+from gemwright.spec import LINEARS
+
+
+class TrainConfig(BaseModel):
+    """Settings of one supervised fine-tune with LoRA; InputError names the first that is impossible.
+
+    `seq` is the most tokens of a packed row (a micro-batch); a step passes `tokens_per_step // seq` rows. `alpha` None
+    means `rank`. `lr` rises linearly over `warmup` (a share of all steps) and falls by a cosine to a tenth.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path
+    model: str | Path
+    out: Path
+    max_steps: int | None = Field(None, ge=1)
+    epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
+    targets: tuple[str, ...] = LINEARS
+    dropout: float = Field(0.0, ge=0, lt=1)
+    lr: float = Field(1e-3, gt=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    warmup: float = Field(0.05, ge=0, le=1)
+    clip: float = Field(1.0, gt=0)
+    seq: int = Field(1024, ge=16)
+    tokens_per_step: int = Field(1024, ge=16)
+    train_on: Literal["all", "model", "last"] = "model"
+    seed: int = Field(0, ge=0, lt=2**31)
+    precision: str = "auto"
+    recompute: Literal["auto", "always", "never"] = "auto"
+    threads: int | None = Field(None, ge=1)
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]).replace("_", "-")
+            what = f"{first['input']!r} is not possible ({first['msg'].lower()})"
+            raise InputError(what, where=f"--{name}", fix="See 'gemwright tune --help'.") from None
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @property
+    def scaled_alpha(self) -> float:
+        """LoRA's alpha."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def rows_per_step(self) -> int:
+        """Micro-batches of a step."""
+        return max(1, self.tokens_per_step // self.seq)

@@ -1,0 +1,53 @@
+"""AdamW over the flat adapter vector, with warm-up, cosine, clipping, and a guard against numbers that are none."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gemwright.model.lora import LoRA
+
+FLOOR = 0.1
+PATIENCE = 5
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """The rate of update `step` (from 0) of `steps`: linear rise to `peak`, then half a cosine down to a tenth.
+
+    Source: Loshchilov and Hutter 2017 (arXiv 1608.03983).
+    """
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    progress = (step - rising) / max(1, steps - rising)
+    return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+class Optimizer:
+    """Updates `lora.master` from `lora.grad`. Source: Loshchilov and Hutter 2019 (arXiv 1711.05101)."""
+
+    def __init__(self, lora: LoRA, weight_decay: float, clip: float) -> None:
+        self._lora, self._clip = lora, clip
+        self._adamw = torch.optim.AdamW([lora.master], lr=0.0, weight_decay=weight_decay, fused=True)
+        self.skipped_in_a_row = 0
+
+    def update(self, rate: float, loss: float) -> float:
+        """Make one update, clear the gradient, and return its norm before clipping.
+
+        Where loss or gradient is not finite nothing is changed and `skipped_in_a_row` grows.
+        """
+        lora = self._lora
+        norm = float(torch.linalg.vector_norm(lora.grad))
+        if math.isfinite(norm) and math.isfinite(loss):
+            if norm > self._clip:
+                lora.grad.mul_(self._clip / norm)
+            self._adamw.param_groups[0]["lr"] = rate
+            lora.master.grad = lora.grad
+            self._adamw.step()
+            lora.refresh()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+        lora.grad.zero_()
+        return norm
