@@ -70,6 +70,14 @@ def read_safetensors(file: Path, wanted: Callable[[str], bool] = lambda name: Tr
         raise InputError(f"not a whole safetensors file ({what})", where=file, fix="Fetch it again.") from None
 
 
+def write_safetensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one file as transformers and PEFT read it; OSError where the disk refuses."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def write_hf_model(
     folder: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tensor], *, is_random: bool = False
 ) -> None:
@@ -93,12 +101,12 @@ def write_hf_model(
 
 def _write_shards(folder: Path, shards: list[dict[str, torch.Tensor]]) -> None:
     if len(shards) == 1:
-        save_file(shards[0], folder / _SINGLE, metadata={"format": "pt"})
+        write_safetensors(folder / _SINGLE, shards[0])
         return
     mapping: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_safetensors(folder / file, shard)
         mapping |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": mapping})

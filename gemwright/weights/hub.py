@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from gemwright.weights.digest import sha256_file
 
 # The base of every failure of the transport: HTTPError of the httpx that this huggingface_hub uses.
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -54,11 +56,15 @@ def download(repo: str, file: str, report: Callable[[str], None]) -> tuple[Path,
         stated = get_hf_file_metadata(url)
         digest = stated.etag if stated.etag and _SHA256.fullmatch(stated.etag) else None
         if digest is not None:
-            blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs")
-            _fetch(url, blobs / digest, stated.size, repo, report)
+            folder = repo_folder_name(repo_id=repo, repo_type="model")
+            blob = Path(constants.HF_HUB_CACHE, folder, "blobs", digest)
+            lock = Path(constants.HF_HUB_CACHE, ".locks", folder, f"{digest}.part.lock")
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                _fetch(url, blob, stated.size, repo, report)
         path = Path(hf_hub_download(repo, file))
         if digest is not None and not path.is_symlink():  # no symlinks here: the cache has made a copy
-            (blobs / digest).unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
         return path, digest
     except (_HTTP_ERROR, OSError, EntryNotFoundError) as error:
         explained = _explain(error, repo, file)
@@ -70,32 +76,30 @@ def download(repo: str, file: str, report: Callable[[str], None]) -> tuple[Path,
 
 def _fetch(url: str, blob: Path, size: int | None, repo: str, report: Callable[[str], None]) -> None:
     """Bring the bytes of `blob`, whose name is their SHA-256, continuing a part that an earlier try has left."""
+    if blob.exists():
+        return
     blob.parent.mkdir(parents=True, exist_ok=True)
     part = blob.with_name(f"{blob.name}.part")
-    with FileLock(f"{part}.lock"):
-        if blob.exists():
-            return
-        have = part.stat().st_size if part.exists() else 0
-        if size is not None and have > size:
-            part.unlink()
-            have = 0
-        if size is not None and size - have > shutil.disk_usage(blob.parent).free:
-            what = f"{(size - have) / 1e9:.1f} GB are missing on this disk for the download"
-            raise MachineError(what, where=blob.parent, fix="Free some space, or set HF_HOME to another disk.")
-        total = f"{size / 1e6:,.0f} MB" if size is not None else "a file of unknown size"
-        report(f"downloading {total} from {repo}" + (f", from {have / 1e6:,.0f} MB on" if have else ""))
-        token = get_token()
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        with part.open("ab") as handle:
-            http_get(url, handle, resume_size=have, headers=headers, expected_size=size)
-            handle.flush()
-            os.fsync(handle.fileno())
-        if (got := sha256_file(part)) != blob.name:
-            part.unlink()
-            raise MachineError(
-                f"the download is damaged (sha256 {got}, not {blob.name})", where=repo, fix="Pull it again."
-            )
-        os.replace(part, blob)
+    have = part.stat().st_size if part.exists() else 0
+    if size is not None and have > size:
+        part.unlink()
+        have = 0
+    if size is not None and size - have > shutil.disk_usage(blob.parent).free:
+        what = f"this disk lacks the {(size - have) / 1e9:.1f} GB that the download takes"
+        raise MachineError(what, where=blob.parent, fix="Free some space, or set HF_HOME to another disk.")
+    total = f"{size / 1e6:,.0f} MB" if size is not None else "a file of unknown size"
+    report(f"downloading {total} from {repo}" + (f", from {have / 1e6:,.0f} MB on" if have else ""))
+    token = get_token()
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    with part.open("ab") as handle:
+        http_get(url, handle, resume_size=have, headers=headers, expected_size=size)
+        handle.flush()
+        os.fsync(handle.fileno())
+    if (got := sha256_file(part)) != blob.name:
+        part.unlink()
+        what = f"the download is damaged (sha256 {got}, not {blob.name})"
+        raise MachineError(what, where=repo, fix="Pull it again.")
+    os.replace(part, blob)
 
 
 def _explain(error: BaseException, repo: str, file: str) -> GemwrightError:
@@ -115,8 +119,9 @@ def _explain(error: BaseException, repo: str, file: str) -> GemwrightError:
         return InputError(f"the Hub refused the token (HTTP {status})", where=repo, fix="Set HF_TOKEN to a valid one.")
     if status is not None:
         return MachineError(f"the Hub answered HTTP {status}", where=repo, fix="Try again later.")
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return MachineError(f"cannot write: {error.strerror}", where=error.filename, fix="Free some space.")
+    if isinstance(error, OSError) and error.errno in _DISK:
+        what, fix = f"cannot write: {error.strerror}", "Free some space, or set HF_HOME to another disk."
+        return MachineError(what, where=error.filename or constants.HF_HUB_CACHE, fix=fix)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return MachineError(
         f"no connection to {constants.ENDPOINT} ({reason})",

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gemwright.errors import InputError
 from gemwright.runs import atomic_path
 from gemwright.spec import ModelSpec
 from gemwright.weights import names
-from gemwright.weights.hf_folder import read_object, read_safetensors
+from gemwright.weights.hf_folder import read_object, read_safetensors, write_safetensors
 from gemwright.weights.pairs import Pairs, check_pairs
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,7 +46,7 @@ def write_peft_adapter(
     }
     with atomic_path(folder) as part:
         part.mkdir()
-        save_file(tensors, part / _WEIGHTS, metadata={"format": "pt"})
+        write_safetensors(part / _WEIGHTS, tensors)
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
         (part / _CONFIG).write_text(text, encoding="utf-8")
 

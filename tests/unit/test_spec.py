@@ -70,6 +70,12 @@ def test_recognised_from_gguf_and_config(size: str) -> None:
     assert spec_from_config({"model_type": "gemma3", "text_config": config(size)}, "f") is SPECS[size]
 
 
+def test_the_metadata_of_googles_own_27b() -> None:
+    """What gemma-3-27b-it-q4_0.gguf states, apart from its tokenizer."""
+    said = metadata("27b", **{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "vision.block_count": 27})
+    assert spec_from_gguf(said | {"general.file_type": 2, "gemma3.attention.value_length": 128}, "f") is SPECS["27b"]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("feed_forward_length", 2049), ("attention.head_count_kv", 4), ("rope.freq_base", 1e4), ("block_count", 26)],

@@ -12,11 +12,12 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gemwright.errors import InputError
+from gemwright.errors import InputError, MachineError
 from gemwright.spec import LINEARS, SPECS
-from gemwright.weights import names
+from gemwright.weights import hf_folder, names
 from gemwright.weights.gguf_writer import read_gguf_lora, write_gguf_lora
 from gemwright.weights.hf_folder import write_hf_model
 from gemwright.weights.pairs import Pairs
@@ -145,6 +146,18 @@ def test_an_adapter_of_another_model_is_named(folder: Path, tmp_path: Path, pair
     with pytest.raises(InputError, match="wants"):
         write_gguf_lora(tmp_path / "b.gguf", other, "x", ALPHA, pairs)
     assert not (tmp_path / "b.gguf").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hf_folder, "save_file", refuse)
+    with pytest.raises(MachineError, match="No space left on device"):
+        write_peft_adapter(tmp_path / "adapter", TINY, RANK, ALPHA, pairs, "x", LINEARS)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -126,11 +126,13 @@ print(json.dumps({**answer, "lines": lines}))
 """
 
 
-def child(hub: FakeHub, home: Path, verb: str = "pull", name: str = "1b", **env: str) -> dict[str, Any]:
+def child(
+    hub: FakeHub, home: Path, verb: str = "pull", name: str = "1b", before: str = "", **env: str
+) -> dict[str, Any]:
     """One verb in a process of its own, since huggingface_hub reads its environment when it is imported."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     new = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "GEMWRIGHT_HOME": str(home / "gw"), "NO_PROXY": "*"}
-    command = [sys.executable, "-W", "error::ResourceWarning", "-c", CHILD, verb, name]
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", f"{before}\n{CHILD}", verb, name]
     done = subprocess.run(command, env=kept | new | env, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -212,6 +214,23 @@ def test_refusals(hub: FakeHub, tmp_path: Path, status: int, code: str, exit_cod
     got = child(hub, tmp_path)
     assert got["exit_code"] == exit_code and said in got["error"] and "\n" not in got["error"]
     assert not list((tmp_path / "gw").rglob("*"))
+
+
+FULL_DISK = """
+import errno
+from gemwright.weights import hub
+def refuse(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+hub.http_get = refuse
+"""
+
+
+def test_a_full_disk(hub: FakeHub, tmp_path: Path) -> None:
+    got = child(hub, tmp_path, before=FULL_DISK)
+    assert got["exit_code"] == 1 and "cannot write: No space left on device" in got["error"]
+    small = "import types; from gemwright.weights import hub\n"
+    small += "hub.shutil.disk_usage = lambda path: types.SimpleNamespace(free=100)"
+    assert "this disk lacks the 0.0 GB" in child(hub, tmp_path, before=small)["error"]
 
 
 def test_no_network_and_offline(hub: FakeHub, tmp_path: Path) -> None:
