@@ -52,15 +52,16 @@ class Tokenizer:
     @classmethod
     def from_model(cls, model: ModelWithTokenizer) -> Tokenizer:
         """The tokenizer of an opened model: a GGUF's metadata, or `tokenizer.json` in a Hugging Face folder."""
-        if "tokenizer.ggml.tokens" in model.metadata:
-            return cls.from_gguf(model.metadata, where=model.path)
-        folder = model.path if model.path.is_dir() else model.path.parent
-        return cls.from_huggingface(folder)
+        if model.path.is_dir():
+            return cls.from_huggingface(model.path)
+        return cls.from_gguf(model.metadata, where=model.path)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, where: object = None) -> Tokenizer:
         """Built from `tokenizer.ggml.*`; InputError where it is missing, inconsistent, or of another kind."""
         kind = metadata.get("tokenizer.ggml.model")
+        if kind is None:
+            raise InputError("the file holds no tokenizer", where=where, fix=_ANOTHER_FILE)
         if kind != "llama":
             raise InputError(f"tokenizer is {kind!r}, not SentencePiece ('llama')", where=where, fix=_ANOTHER_FILE)
         try:

@@ -108,6 +108,7 @@ def test_decode_of_bytes_that_are_no_text() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"tokenizer.ggml.model": None}, "no tokenizer"),
         ({"tokenizer.ggml.model": "gpt2"}, "not SentencePiece"),
         ({"tokenizer.ggml.scores": [0.0]}, "inconsistent"),
         ({"tokenizer.ggml.scores": ["x"]}, "damaged"),
