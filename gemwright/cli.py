@@ -128,7 +128,7 @@ def tune(
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha (the rank).")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate (0.001).")] = None,
     seq: Annotated[int | None, typer.Option("--seq", min=16, help="Tokens a packed row (1024).")] = None,
-    accumulate: Annotated[int | None, typer.Option("--accumulate", min=1, help="Rows a step (1).")] = None,
+    tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", min=16, help="Tokens a step.")] = None,
     dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout (0).")] = None,
     targets: Annotated[str | None, typer.Option("--targets", help="Linears to adapt, e.g. q,k,v,o (all).")] = None,
     precision: Annotated[str | None, typer.Option("--precision", help="auto, bf16 or fp32.")] = None,
@@ -144,12 +144,12 @@ def tune(
       gemwright tune chats.jsonl --model 270m --out runs/short --max-steps 50 --rank 8 --json
     """
     given = locals() | {"targets": tuple(targets.split(",")) if targets else None}
-    from gemwright.train.config import make_config
+    from gemwright.train.config import TrainConfig
     from gemwright.train.loop import tune as train
     from gemwright.weights.pull import resolve_model
 
     settings = {key: value for key, value in given.items() if value is not None and key != "as_json"}
-    config = make_config(**settings | {"model": resolve_model(model)})
+    config = TrainConfig(**settings | {"model": resolve_model(model)})
     with Progressing() as progress:
         result = train(config, lambda p: progress.update(p.phase, p.step / max(p.steps, 1), _training_text(p)))
     row = asdict(result) | {key: str(getattr(result, key)) for key in ("run", "adapter", "adapter_gguf")}
@@ -280,6 +280,8 @@ def _with(adapter: Path | None) -> list[object]:
 
 
 def _training_text(progress: Progress) -> str:
+    if not progress.step:
+        return ""
     return (
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {progress.tokens_per_s:.0f} tokens/s  "
         f"{duration(progress.eta_s)} left  {size(progress.rss_bytes)}"

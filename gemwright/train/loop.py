@@ -61,7 +61,6 @@ class TuneResult:
     tokens_per_s: float
     peak_rss_bytes: int
     peak_device_bytes: int
-    interrupted: bool
 
 
 def tune(config: TrainConfig, on_progress: Callable[[Progress], None] | None = None) -> TuneResult:
@@ -71,7 +70,7 @@ def tune(config: TrainConfig, on_progress: Callable[[Progress], None] | None = N
     Raises InputError for bad data, model or settings, MachineError where the machine or the arithmetic fails.
     """
     report = on_progress or (lambda progress: None)
-    report(Progress("preparing", 0, 0, math.nan, 0.0, 0.0, math.nan, rss_bytes()))
+    report(Progress("preparing", 0, 0, math.nan, 0.0, 0.0, 0.0, rss_bytes()))
     if config.threads:
         torch.set_num_threads(config.threads)
     dtype = choose_dtype(config.precision)
@@ -126,8 +125,8 @@ def _train(
     batches = steps(file.spec, examples, config.seq, config.rows_per_step, config.seed)
     losses: list[float] = []
     recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
-    steady_tokens, steady_s, interrupted = 0, 0.0, False
-    report(Progress("training", 0, total, math.nan, 0.0, 0.0, math.nan, rss_bytes()))
+    steady_tokens, steady_s = 0, 0.0
+    report(Progress("training", 0, total, math.nan, 0.0, 0.0, 0.0, rss_bytes()))
     try:
         for step, (epoch, rows) in enumerate(itertools.islice(batches, total)):
             start = time.perf_counter()
@@ -150,7 +149,6 @@ def _train(
     except KeyboardInterrupt:
         if not losses:
             raise
-        interrupted = True
     report(Progress("saving", len(losses), total, losses[-1], 0.0, 0.0, 0.0, rss_bytes()))
     save_adapter(run, lora, file, config)
     plot_loss(run.metrics(), run.plot)
@@ -172,7 +170,6 @@ def _train(
         speed,
         peak_rss_bytes(),
         0,
-        interrupted,
     )
 
 
