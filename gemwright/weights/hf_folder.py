@@ -81,7 +81,10 @@ def write_safetensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 def write_hf_model(
     folder: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tensor], *, is_random: bool = False
 ) -> None:
-    """Write `tensors` (by our names, norms folded as 1 + w) as a text-only model folder that transformers loads."""
+    """Write `tensors` (by our names, norms folded as 1 + w) as a text-only model folder that transformers loads.
+
+    All take the embedding's dtype. Give the norms in fp32: 1 + w in bf16 has already lost bits of w.
+    """
     dtype = tensors["embed"].dtype
     with atomic_path(folder) as part:
         part.mkdir()
