@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -133,23 +133,34 @@ _CONFIG_FIELDS = {
 RANDOM_KEY = "gemwright.random"
 
 
+def scalar(metadata: Mapping[str, Any], key: str) -> Any:
+    """A single value of a GGUF's metadata, or None; a damaged file may hold a whole array in its place."""
+    value = metadata.get(key)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return value if isinstance(value, str) else "a list"
+
+
 def spec_from_gguf(metadata: Mapping[str, Any], where: object) -> ModelSpec:
     """The spec that a GGUF's metadata describes; `where` is named in errors.
 
     A file marked `gemwright.random` may have any shape; every other one must be exactly one of the five sizes.
     Raises InputError naming the architecture or the first field that differs.
     """
-    arch = metadata.get("general.architecture")
+    arch = scalar(metadata, "general.architecture")
     if arch != "gemma3":
         raise InputError(
-            f"architecture is {arch!r}, not 'gemma3'", where=where, fix="Give a GGUF of Gemma 3 (see 'gemwright pull')."
+            f"architecture is {arch!r:.60}, not 'gemma3'",
+            where=where,
+            fix="Give a GGUF of Gemma 3 (see 'gemwright pull').",
         )
-    said = {field: metadata.get(f"gemma3.{key}") for field, key in _GGUF_FIELDS.items()}
-    if metadata.get(RANDOM_KEY):
-        said["query_scalar"] = metadata.get("gemma3.attention.query_scalar")
+    said = {field: scalar(metadata, f"gemma3.{key}") for field, key in _GGUF_FIELDS.items()}
+    if scalar(metadata, RANDOM_KEY) is True:
+        said["query_scalar"] = scalar(metadata, "gemma3.attention.query_scalar")
         tokens = metadata.get("tokenizer.ggml.tokens")
-        said["vocab"] = len(tokens) if tokens is not None else metadata.get("gemma3.vocab_size")
-        return _free_spec(said, str(metadata.get("general.name", "random")).removeprefix("Gemma 3 "), where)
+        said["vocab"] = len(tokens) if isinstance(tokens, Sequence) else scalar(metadata, "gemma3.vocab_size")
+        name = str(scalar(metadata, "general.name") or "random").removeprefix("Gemma 3 ")
+        return _free_spec(said, " ".join(name.split())[:60], where)
     return _match(said, {field: f"gemma3.{key}" for field, key in _GGUF_FIELDS.items()}, where)
 
 
@@ -158,7 +169,9 @@ def spec_from_config(config: Mapping[str, Any], where: object) -> ModelSpec:
     kind = config.get("model_type")
     if kind not in ("gemma3", "gemma3_text"):
         raise InputError(
-            f"model_type is {kind!r}, not 'gemma3' or 'gemma3_text'", where=where, fix="Give a Gemma 3 model folder."
+            f"model_type is {kind!r:.60}, not 'gemma3' or 'gemma3_text'",
+            where=where,
+            fix="Give a Gemma 3 model folder.",
         )
     text = config.get("text_config", config)
     said = {field: text.get(key, text.get(f"_{key}")) for field, key in _CONFIG_FIELDS.items()}
@@ -167,7 +180,7 @@ def spec_from_config(config: Mapping[str, Any], where: object) -> ModelSpec:
     said["rope_global_base"] = whole.get("rope_theta", text.get("rope_theta"))
     said["rope_local_base"] = local.get("rope_theta", text.get("rope_local_base_freq"))
     said["rope_global_scale"] = whole.get("factor", (text.get("rope_scaling") or {}).get("factor"))
-    if config.get(RANDOM_KEY):
+    if config.get(RANDOM_KEY) is True:
         return _free_spec(said | {"vocab": text.get("vocab_size")}, "random", where)
     return _match(said, _CONFIG_FIELDS, where)
 
@@ -178,8 +191,9 @@ def _match(said: Mapping[str, Any], names: Mapping[str, str], where: object) -> 
     by_width = [spec for spec in SPECS.values() if spec.hidden == said["hidden"]]
     if not by_layers and not by_width:
         sizes = ", ".join(f"{s.name} has {s.layers} x {s.hidden}" for s in SPECS.values())
+        counts = " and ".join(f"{names[field]} = {said[field]!r:.60}" for field in ("layers", "hidden"))
         raise InputError(
-            f"{names['layers']} = {said['layers']} and {names['hidden']} = {said['hidden']} match no size of Gemma 3",
+            f"{counts} match no size of Gemma 3",
             where=where,
             fix=f"Known: {sizes}.",
         )
@@ -188,7 +202,7 @@ def _match(said: Mapping[str, Any], names: Mapping[str, str], where: object) -> 
     for field, value in said.items():
         if value is not None and not _same(value, wanted[field]):
             raise InputError(
-                f"{names.get(field, field)} is {value}, but Gemma 3 {spec.name} has {wanted[field]}",
+                f"{names.get(field, field)} is {value!r:.60}, but Gemma 3 {spec.name} has {wanted[field]}",
                 where=where,
                 fix="The file is damaged or not the model it says it is; fetch it again.",
             )
@@ -211,7 +225,7 @@ def _free_spec(said: Mapping[str, Any], name: str, where: object) -> ModelSpec:
     for field, value in known.items():
         whole = isinstance(getattr(SPECS["270m"], field), int)
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < 1 << 24:
-            raise InputError(f"{field} is {value!r}", where=where, fix="Write the file again.")
+            raise InputError(f"{field} is {value!r:.60}", where=where, fix="Write the file again.")
     if known["heads"] % known["kv_heads"]:
         what = f"{known['heads']} heads cannot share {known['kv_heads']} kv_heads"
         raise InputError(what, where=where, fix="Write the file again.")

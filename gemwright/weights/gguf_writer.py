@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemwright.errors import InputError
 from gemwright.runs import atomic_path
-from gemwright.spec import RANDOM_KEY, ModelSpec
+from gemwright.spec import RANDOM_KEY, ModelSpec, scalar
 from gemwright.weights import names
 from gemwright.weights.gguf_reader import GGUFFile, StoredTensor, open_gguf
 from gemwright.weights.pairs import Pairs, check_pairs
@@ -87,7 +87,7 @@ def write_gguf_lora(
 def read_gguf_lora(path: Path, spec: ModelSpec) -> tuple[float, Pairs]:
     """(alpha, pairs in fp32) of an adapter; InputError where it is none, is damaged or belongs to another model."""
     gguf = open_gguf(path)
-    if gguf.metadata.get("general.type") != "adapter" or gguf.metadata.get("adapter.type") != "lora":
+    if scalar(gguf.metadata, "general.type") != "adapter" or scalar(gguf.metadata, "adapter.type") != "lora":
         raise InputError("is not a LoRA adapter", where=path, fix="Give the adapter.gguf of a run.")
     alpha = gguf.metadata.get("adapter.lora.alpha")
     if not isinstance(alpha, float):
@@ -138,10 +138,10 @@ def _copy_tokenizer(writer: GGUFWriter, source: GGUFFile) -> None:
             continue
         kind, is_array = source.metadata.kind(key)
         value = source.metadata[key]
-        if is_array:
+        if is_array and len(value):  # the library cannot write an empty one
             items = value if kind == GGUFValueType.STRING else value.tolist()
             writer.add_key_value(key, items, GGUFValueType.ARRAY, sub_type=kind)
-        else:
+        elif not is_array:
             writer.add_key_value(key, value, kind)
 
 

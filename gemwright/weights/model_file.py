@@ -13,7 +13,7 @@ import torch
 from gguf import LlamaFileType
 
 from gemwright.errors import InputError
-from gemwright.spec import LINEARS, RANDOM_KEY, VOCAB_ROWS, ModelSpec, spec_from_config, spec_from_gguf
+from gemwright.spec import LINEARS, RANDOM_KEY, VOCAB_ROWS, ModelSpec, scalar, spec_from_config, spec_from_gguf
 from gemwright.weights import hf_folder, names
 from gemwright.weights.digest import sha256_file
 from gemwright.weights.gguf_reader import StoredTensor, open_gguf
@@ -62,12 +62,12 @@ def open_model(path: Path | str) -> ModelFile:
 
 def _open_file(path: Path) -> ModelFile:
     gguf = open_gguf(path)
-    if gguf.metadata.get("general.type") == "adapter":
+    if scalar(gguf.metadata, "general.type") == "adapter":
         raise InputError("is a LoRA adapter, not a model", where=path, fix="Give it as --adapter beside its model.")
     spec = spec_from_gguf(gguf.metadata, path)
     stored = {name: tensor for name, tensor in gguf.tensors.items() if not name.startswith(_VISION_GGUF)}
     found = _by_our_names(stored, names.from_gguf, path)
-    _check(found, spec, bool(gguf.metadata.get(RANDOM_KEY)), path, names.to_gguf)
+    _check(found, spec, scalar(gguf.metadata, RANDOM_KEY) is True, path, names.to_gguf)
     return ModelFile(path, spec, found, gguf.metadata, _quantization(gguf.metadata, found), folded=True)
 
 
@@ -75,7 +75,7 @@ def _open_folder(path: Path) -> ModelFile:
     config = hf_folder.read_config(path)
     spec = spec_from_config(config, path / "config.json")
     found = _by_our_names(hf_folder.read_tensors(path), names.from_hf, path)
-    _check(found, spec, bool(config.get(RANDOM_KEY)), path, names.to_hf)
+    _check(found, spec, config.get(RANDOM_KEY) is True, path, names.to_hf)
     return ModelFile(path, spec, found, config, _commonest(found), folded=False)
 
 
@@ -121,10 +121,10 @@ def _check(
 
 def _quantization(metadata: Mapping[str, Any], found: dict[str, StoredTensor]) -> str:
     """The name people use for the mix, such as Q4_K_M."""
-    try:
-        name = LlamaFileType(metadata.get("general.file_type", -1)).name
-    except ValueError:
+    number = scalar(metadata, "general.file_type")
+    if number not in {kind.value for kind in LlamaFileType}:
         return _commonest(found)
+    name = LlamaFileType(number).name
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
 

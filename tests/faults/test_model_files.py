@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
+from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +88,55 @@ def test_noise(tmp_path: Path, noise: bytes) -> None:
     path = tmp_path / "damaged.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + noise)
     open_all(path)
+
+
+ODD: dict[str, tuple[Any, GGUFValueType, GGUFValueType | None]] = {
+    "numbers": ([1, 2], GGUFValueType.ARRAY, GGUFValueType.INT32),
+    "words": (["a\n", "b"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+    "text": ("two\nlines " * 50, GGUFValueType.STRING, None),
+    "nothing": ("", GGUFValueType.STRING, None),
+    "true": (True, GGUFValueType.BOOL, None),
+    "nan": (float("nan"), GGUFValueType.FLOAT32, None),
+    "infinity": (float("inf"), GGUFValueType.FLOAT64, None),
+    "negative": (-1, GGUFValueType.INT64, None),
+    "huge": ((1 << 64) - 1, GGUFValueType.UINT64, None),
+    "zero": (0, GGUFValueType.UINT8, None),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_values_of_another_kind(whole: bytes, tmp_path: Path, odd: str) -> None:
+    """Each metadata value replaced by one of a kind that nobody would put there."""
+    source = tmp_path / "whole.gguf"
+    source.write_bytes(whole)
+    model = open_gguf(source)
+    assert len(model.metadata) > 15
+    for replaced in model.metadata:
+        path = tmp_path / "odd.gguf"
+        writer = gguf.GGUFWriter(path, "gemma3")
+        writer.kv_data[0].clear()
+        for key in model.metadata:
+            value, kind, items = (
+                ODD[odd] if key == replaced else (model.metadata[key], model.metadata.kind(key)[0], None)
+            )
+            writer.add_key_value(key, value, kind, sub_type=items)
+        for tensor in model.tensors.values():
+            kept = gguf.GGMLQuantizationType[tensor.qtype]
+            shape = (*tensor.shape[:-1], tensor.data.shape[-1])
+            writer.add_tensor(tensor.name, tensor.data.numpy(), raw_shape=shape, raw_dtype=kept)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        open_all(path)
+
+
+@pytest.mark.parametrize("kind", [GGUFValueType.FLOAT32, GGUFValueType.BOOL, GGUFValueType.STRING])
+def test_empty_arrays(tmp_path: Path, kind: GGUFValueType) -> None:
+    path = tmp_path / "empty.gguf"
+    value = b"".join(number.to_bytes(4, "little") for number in (GGUFValueType.ARRAY, kind)) + bytes(8)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + value)
+    assert len(open_gguf(path).metadata["k"]) == 0
 
 
 def test_any_truncation_is_noticed(whole: bytes, tmp_path: Path) -> None:
