@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from gemwright.engines.adapters import find_gguf_lora, is_peft
 from gemwright.engines.child_process import Answers, ChildError, ChildProcess, Message
+from gemwright.engines.header import read_header
 from gemwright.engines.protocol import Generation, Sampling
 from gemwright.errors import InputError, MachineError
+from gemwright.spec import ModelSpec, spec_from_gguf
 
 CHILD = "gemwright.engines.llamacpp_child"
+# Up to here window layers keep the whole context too, so that a cached prefix is never computed again.
+WHOLE_CACHE_BYTES = 512 << 20
 
 
 class LlamaCpp:
     """A GGUF served by llama.cpp, with GGUF LoRA adapters.
 
-    `context` tokens are kept for each of `parallel` requests side by side; `whole_cache` keeps the keys of window
-    layers for the whole context, so that a cached prefix is never computed again. Raises InputError where llama.cpp
-    refuses the file, MachineError where the child cannot run.
+    `context` tokens are kept for each of `parallel` requests side by side; an adapter is named by any path that
+    `gemwright.engines.adapters` knows. Raises InputError where llama.cpp refuses the file, MachineError where the
+    child cannot run.
     """
 
     name = "llamacpp"
@@ -35,14 +41,21 @@ class LlamaCpp:
         context: int = 4096,
         parallel: int = 1,
         threads: int | None = None,
-        whole_cache: bool = True,
     ) -> None:
+        self.spec = _check_model(model)
         self.model, self.parallel = model, parallel
-        self._context, self._whole_cache = context, whole_cache
+        self._context = min(context, self.spec.context)
         self._threads = threads or physical_cores()
-        self._adapters: list[Path] = [adapter] if adapter else []
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._found: dict[Path, Path] = {}
         self._active = adapter
-        self._child = self._start()
+        try:
+            if adapter is not None:
+                self._found[adapter] = self._find(adapter)
+            self._child = self._start()
+        except BaseException:
+            self._tidy()
+            raise
 
     @property
     def context(self) -> int:
@@ -116,19 +129,21 @@ class LlamaCpp:
 
     def load_adapter(self, path: Path | None) -> None:
         """Use the GGUF LoRA at `path`, or none. One already loaded is only switched on; a new one reloads the model."""
-        if path is not None and path not in self._adapters:
+        if path is not None and path not in self._found:
+            found = self._find(path)
             self._child.close()
-            self._adapters.append(path)
+            self._found[path] = found
             try:
                 self._child = self._start()
             except BaseException:
-                self._adapters.remove(path)
+                del self._found[path]
                 raise
         self._active = path
 
     def close(self) -> None:
         """End the child; more than once is fine."""
         self._child.close()
+        self._tidy()
 
     def __enter__(self) -> Self:
         return self
@@ -141,12 +156,27 @@ class LlamaCpp:
     def _order(self) -> Message:
         return {
             "model": str(self.model),
-            "adapters": [str(path) for path in self._adapters],
+            "adapters": [str(path) for path in self._found.values()],
             "context": self._context,
             "parallel": self.parallel,
             "threads": self._threads,
-            "whole_cache": self._whole_cache,
+            "whole_cache": self._cache_bytes() <= WHOLE_CACHE_BYTES,
         }
+
+    def _find(self, adapter: Path) -> Path:
+        if self._scratch is None and is_peft(adapter):
+            self._scratch = tempfile.TemporaryDirectory(prefix="gemwright-", ignore_cleanup_errors=True)
+        return find_gguf_lora(adapter, self.spec, Path(self._scratch.name) if self._scratch else adapter)
+
+    def _tidy(self) -> None:
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def _cache_bytes(self) -> int:
+        """Keys and values in fp16 if every layer keeps the whole context of every slot."""
+        spec = self.spec
+        return 4 * spec.layers * spec.kv_heads * spec.head_dim * self._context * self.parallel
 
     def _start(self) -> ChildProcess:
         """A child with the model loaded."""
@@ -162,7 +192,7 @@ class LlamaCpp:
         return child
 
     def _load_error(self, error: ChildError) -> InputError | MachineError:
-        where = f"{self.model} with {self._adapters[-1]}" if self._adapters else self.model
+        where = " with ".join(map(str, (self.model, *self._found)))
         line = error.line
         if error.kind == "import":
             return MachineError(f"llama.cpp cannot start ({line})", where="xllamacpp", fix="Install it again.")
@@ -182,7 +212,7 @@ class LlamaCpp:
             raise MachineError(f"llama.cpp failed ({error.line})", where=self.model, fix=fix) from None
 
     def _scales(self) -> list[Message]:
-        return [{"id": at, "scale": 1.0 if path == self._active else 0.0} for at, path in enumerate(self._adapters)]
+        return [{"id": at, "scale": 1.0 if path == self._active else 0.0} for at, path in enumerate(self._found)]
 
     def _check_room(self, tokens: int) -> None:
         if tokens >= self._context:
@@ -244,3 +274,11 @@ def physical_cores() -> int:
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def _check_model(model: Path) -> ModelSpec:
+    """The spec of a GGUF by its header; InputError where it is none or not Gemma 3."""
+    if model.is_dir():
+        fix = "Give a GGUF, or use --engine pytorch."
+        raise InputError("llama.cpp cannot run a safetensors folder", where=model, fix=fix)
+    return spec_from_gguf(read_header(model).scalars, model)

@@ -104,7 +104,9 @@ class Child:
     def encode(self, request: Message) -> None:
         body = {"content": request["text"], "add_special": False, "parse_special": False}
         answer = self.door.post(self.server.listening_address, "/tokenize", body)
-        self.say({"id": request["id"], **({"done": {}, "ids": answer["tokens"]} if "tokens" in answer else refusal(answer))})
+        self.say(
+            {"id": request["id"], **({"done": {}, "ids": answer["tokens"]} if "tokens" in answer else refusal(answer))}
+        )
 
     def generate(self, request: Message) -> None:
         number, quiet = request["id"], request["quiet"]

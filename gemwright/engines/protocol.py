@@ -77,8 +77,8 @@ class Engine(Protocol):
         fit the context. KeyboardInterrupt ends the answer there ("cancelled") and leaves the engine usable.
         """
 
-    def score(self, ids: list[int]) -> list[float]:
-        """Natural log-probability of each of ids[1:] given all ids before it (len(ids) - 1 values)."""
+    def score(self, ids: list[int], start: int = 1, on_progress: Callable[[int], None] | None = None) -> list[float]:
+        """Natural log-probability of each of ids[start:] given all ids before it; `on_progress(done)` on the way."""
 
     def load_adapter(self, path: Path | None) -> None:
         """Use the LoRA adapter at `path` from now on, or none."""
