@@ -28,6 +28,7 @@ class Block:
     bias: Tensor
     real_queries: Tensor
     real_keys: Tensor
+    padded_queries: Tensor
 
 
 def plan_blocks(lengths: Sequence[int], window: int | None, device: torch.device | None = None) -> list[Block]:
@@ -64,16 +65,23 @@ def _block(spans: list[tuple[int, int, int, int]], window: int | None, device: t
     seen |= ~real_q[:, :, None]  # a padded query attends anywhere, so that its softmax stays finite; it is dropped
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
     q, k = torch.minimum(q, at[:, 1:2] - 1), torch.minimum(k, at[:, 3:4] - 1)
-    parts = (q.flatten(), k.flatten(), bias, real_q.flatten().nonzero()[:, 0], real_k.flatten().nonzero()[:, 0])
+    places = (real.flatten().nonzero()[:, 0] for real in (real_q, real_k, ~real_q))
+    parts = (q.flatten(), k.flatten(), bias, *places)
     return Block(len(spans), queries, keys, *(part.to(device) for part in parts))
 
 
-def _heads(x: Tensor, rows: Tensor, count: int, length: int, kv_heads: int) -> Tensor:
-    """Gather `rows` of x [N, H, D] into [count * kv_heads, groups * length, D]."""
+def _heads(x: Tensor, rows: Tensor, count: int, length: int, kv_heads: int, zero: Tensor | None = None) -> Tensor:
+    """Gather `rows` of x [N, H, D] into [count * kv_heads, groups * length, D], those at `zero` as zeros."""
     heads, width = x.shape[1:]
     groups = heads // kv_heads
-    picked = x.index_select(0, rows).view(count, length, kv_heads, groups, width)
-    return picked.permute(0, 2, 3, 1, 4).reshape(count * kv_heads, groups * length, width)
+    picked = x.index_select(0, rows)
+    if zero is not None and len(zero):
+        picked.index_fill_(0, zero, 0)
+    return (
+        picked.view(count, length, kv_heads, groups, width)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(count * kv_heads, groups * length, width)
+    )
 
 
 def _spread(out: Tensor, piece: Tensor, rows: Tensor, real: Tensor, count: int, length: int, *, add: bool) -> None:
@@ -118,7 +126,9 @@ def attention_backward(
     dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
     kv_heads = k.shape[1]
     for b in blocks:
-        q_b, do_b = (_heads(x, b.query_rows, b.count, b.queries, kv_heads) for x in (q, do))
+        q_b = _heads(q, b.query_rows, b.count, b.queries, kv_heads)
+        # A padded query repeats a real one; without a gradient of its own it adds nothing to dk and dv.
+        do_b = _heads(do, b.query_rows, b.count, b.queries, kv_heads, b.padded_queries)
         k_b, v_b = (_heads(x, b.key_rows, b.count, b.keys, kv_heads) for x in (k, v))
         p = _probabilities(q_b, k_b, b)
         dp = torch.bmm(do_b, v_b.transpose(1, 2)).float()
