@@ -143,13 +143,11 @@ def tune(
       gemwright tune chats.jsonl --model 270m --out runs/first
       gemwright tune chats.jsonl --model 270m --out runs/short --max-steps 50 --rank 8 --json
     """
-    given = locals() | {"targets": tuple(targets.split(",")) if targets else None}
+    given = {key: value for key, value in locals().items() if value is not None and key != "as_json"}
     from gemwright.train.config import TrainConfig
     from gemwright.train.loop import tune as train
-    from gemwright.weights.pull import resolve_model
 
-    settings = {key: value for key, value in given.items() if value is not None and key != "as_json"}
-    config = TrainConfig(**settings | {"model": resolve_model(model)})
+    config = TrainConfig(**given)
     with Progressing() as progress:
         result = train(config, lambda p: progress.update(p.phase, p.step / max(p.steps, 1), _training_text(p)))
     row = asdict(result) | {key: str(getattr(result, key)) for key in ("run", "adapter", "adapter_gguf")}

@@ -54,8 +54,8 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
     model = pull(MODEL, report=progress.say).path
     test = load_split("test")
     before = _answers(model, None, test, progress, ("before", BEGUN, BEFORE_DONE), threads)
-    files = {"data": split_path("train"), "model": model, "out": out}
-    config = TrainConfig(**files, max_steps=STEPS, epochs=2, rank=RANK, seq=SEQ, lr=LEARNING_RATE, threads=threads)
+    settings = {"max_steps": STEPS, "rank": RANK, "seq": SEQ, "lr": LEARNING_RATE, "threads": threads}
+    config = TrainConfig(data=split_path("train"), model=model, out=out, **settings)
     trained = tune(config, lambda now: _training(now, progress))
     after = _answers(model, out, test, progress, ("after", TRAINED, 1.0), threads)
     summary = _summary(trained, test, before, after) | {
@@ -116,9 +116,8 @@ def _answers(
 
 
 def _training(now: Progress, progress: Progressing) -> None:
-    text = (
-        f"step {now.step}/{now.steps}  loss {now.loss:.3f}  {now.tokens_per_s:.0f} tokens/s  {duration(now.eta_s)} left"
-    )
+    text = f"step {now.step}/{now.steps}  loss {now.loss:.3f}  {now.tokens_per_s:.0f} tokens/s"
+    text = f"{text}  {duration(now.eta_s)} left" if now.phase == "training" and now.step else now.phase
     progress.update("training", BEFORE_DONE + (TRAINED - BEFORE_DONE) * now.step / max(now.steps, 1), text)
 
 
