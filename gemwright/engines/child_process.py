@@ -120,7 +120,8 @@ class ChildProcess:
             if "error" in answer:
                 if open_ids is not None:
                     open_ids.discard(answer["id"])
-                raise ChildError(self._last_words(answer["error"]), answer.get("kind", "request"))
+                kind = answer.get("kind", "request")
+                raise ChildError(self._cause(answer["error"]) if kind == "load" else answer["error"], kind)
             return answer
 
     def _cancel(self, box: queue.SimpleQueue[Message], open_ids: set[int]) -> None:
@@ -162,15 +163,15 @@ class ChildProcess:
         code = self._process.wait()
         self._listener.join(1.0)
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        words = self._last_words("")
+        words = next((line for line in reversed(list(self._tail)) if line), "")
         return ChildError(f"it ended, {how}: {words}" if words else f"it ended, {how}", "died", code)
 
-    def _last_words(self, otherwise: str) -> str:
-        """The last line of stderr that tells of an error, or `otherwise`."""
-        self._listener.join(0.05)
-        for line in reversed(list(self._tail)):
-            if " E " in line or "error" in line.lower() or "ASSERT" in line:
-                return line.partition(" E ")[2].strip() or line
+    def _cause(self, otherwise: str) -> str:
+        """The first error line of llama.cpp's log (those after it only pass it on), or `otherwise`."""
+        self._listener.join(0.1)
+        for line in list(self._tail):
+            if " E " in line:
+                return line.partition(" E ")[2].removeprefix("llama_model_load: error loading model: ").strip()
         return otherwise
 
 

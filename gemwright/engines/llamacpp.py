@@ -269,7 +269,9 @@ class _Clock:
 
 
 def physical_cores() -> int:
-    """Cores that compute (hyper-threads not counted), as far as this process may use them."""
+    """Cores that compute (hyper-threads not counted), as far as this process may use them; OMP_NUM_THREADS rules."""
+    if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(asked) > 0:
+        return int(asked)
     import psutil
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

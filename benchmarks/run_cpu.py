@@ -1,0 +1,269 @@
+"""Measures what gemwright adds to llama.cpp: decode, prefill, first token and start, against the bare engine.
+
+    python benchmarks/run_cpu.py --model 270m [--repeats 5]
+
+The bare engine is xllamacpp's server, called directly in a process of its own (`--bare`) with the same settings.
+Both are loaded side by side and asked in turn, so that a slow moment of the machine meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gemwright.engines.llamacpp import LlamaCpp, physical_cores
+from gemwright.engines.protocol import Sampling
+from gemwright.engines.session import Chat
+from gemwright.weights.pull import resolve_model
+
+RESULTS = Path(__file__).parent / "results"
+DECODE, PREFILL, CONTEXT = 128, 1024, 4096
+Row = dict[str, Any]
+
+
+def bare(model: str, threads: int) -> None:
+    """The engine alone: answers lines of {"prompt", "n_predict"} with its times, without gemwright."""
+    begin = time.perf_counter()
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = model, CONTEXT, 1, 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.warmup, params.cache_ram_mib, params.swa_full = False, 0, True
+    server = xllamacpp.Server(params)
+    loaded = time.perf_counter() - begin
+    for line in sys.stdin:
+        first, last = 0.0, 0.0
+        count = 0
+
+        def hear(event: Row) -> bool:
+            nonlocal first, last, count
+            last = time.perf_counter()
+            if event["choices"][0]["text"]:
+                first = first or last
+            if "timings" in event:
+                count = event["timings"]["predicted_n"]
+            return False
+
+        start = time.perf_counter()
+        server.handle_completions(json.loads(line) | {"temperature": 0, "stream": True}, hear)
+        row = {"first_token_s": first - start, "tokens_per_s": (count - 1) / max(last - first, 1e-9), "load_s": loaded}
+        print(json.dumps(row), flush=True)
+
+
+class Bare:
+    """The parent's side of `--bare`."""
+
+    def __init__(self, model: Path, threads: int) -> None:
+        command = [sys.executable, __file__, "--bare", "--model", str(model), "--threads", str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def ask(self, prompt: list[int], n_predict: int) -> Row:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"prompt": prompt, "n_predict": n_predict}) + "\n")
+        self.process.stdin.flush()
+        row: Row = json.loads(self.process.stdout.readline())
+        return row
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def prompts(repeat: int, length: int) -> list[int]:
+    """Ids that share no prefix with another repeat's, so that no cache helps."""
+    return [2] + [1000 + (repeat * 7919 + at * 31) % 50_000 for at in range(length - 1)]
+
+
+def in_turn(repeats: int, **ways: Callable[[int], float]) -> dict[str, list[float]]:
+    """Each way `repeats` times, in an order that turns round every time; one round before is thrown away."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        order = list(ways.items())
+        for name, way in order if repeat % 2 else reversed(order):
+            value = way(repeat)
+            if repeat:
+                found[name].append(value)
+    return found
+
+
+def spread(values: list[float]) -> Row:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def compare(what: str, found: dict[str, list[float]]) -> list[Row]:
+    """A row for each way, with the median of its ratio to `bare` in the same round."""
+    rows = []
+    for name, values in found.items():
+        ratios = [value / other for value, other in zip(values, found["bare"], strict=True)]
+        gaps = [value - other for value, other in zip(values, found["bare"], strict=True)]
+        rows.append({"what": what, "way": name, **spread(values), "ratio": spread(ratios), "delta": spread(gaps)})
+    return rows
+
+
+def in_process(model: Path, threads: int, repeats: int) -> list[Row]:
+    """Decode, prefill and first token of an engine that is loaded, of a Chat, and of the bare server."""
+    decode = Sampling(max_tokens=DECODE, temperature=0)
+    one = Sampling(max_tokens=1, temperature=0)
+    other = Bare(model, threads)
+    with LlamaCpp(model, context=CONTEXT, threads=threads) as engine:
+
+        def chat(repeat: int) -> float:
+            return Chat(engine, decode).say(f"Tell a story of {repeat} friends").tokens_per_s
+
+        rows = compare(
+            "decode_tokens_per_s",
+            in_turn(
+                repeats,
+                bare=lambda r: other.ask(prompts(r, 16), DECODE)["tokens_per_s"],
+                engine=lambda r: engine.generate(prompts(r, 16), decode).tokens_per_s,
+                chat=chat,
+            ),
+        )
+        rows += compare(
+            "prefill_tokens_per_s",
+            in_turn(
+                repeats,
+                bare=lambda r: PREFILL / other.ask(prompts(r, PREFILL), 1)["first_token_s"],
+                engine=lambda r: PREFILL / engine.generate(prompts(r, PREFILL), one).first_token_s,
+            ),
+        )
+        rows += compare(
+            "first_token_s",
+            in_turn(
+                2 * repeats,
+                bare=lambda r: other.ask(prompts(r, 16), 1)["first_token_s"],
+                engine=lambda r: engine.generate(prompts(r, 16), one).first_token_s,
+            ),
+        )
+    other.close()
+    return rows
+
+
+def cold(model: Path, threads: int, repeats: int) -> list[Row]:
+    """Whole processes: from their start to the first token, and decoding as `gemwright run` reports it."""
+    speeds: dict[str, list[float]] = {"bare": [], "run": []}
+
+    def start_bare(repeat: int) -> float:
+        begin = time.perf_counter()
+        process = Bare(model, threads)
+        row = process.ask(prompts(repeat, 16), DECODE)
+        took = time.perf_counter() - begin - (DECODE - 1) / row["tokens_per_s"]
+        process.close()
+        speeds["bare"].append(row["tokens_per_s"])
+        return took
+
+    def start_run(repeat: int) -> float:
+        words = f"The tale of {repeat} friends who went to the sea and"
+        command = [sys.executable, "-m", "gemwright", "run", words, "--raw", "--model", str(model), "--json"]
+        command += ["--max-tokens", str(DECODE), "--temperature", "0", "--threads", str(threads)]
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+        took = time.perf_counter() - begin
+        row = json.loads(done.stdout)
+        speeds["run"].append(row["tokens_per_s"])
+        return took - (row["completion_tokens"] - 1) / row["tokens_per_s"]
+
+    rows = compare("start_to_first_token_s", in_turn(repeats, bare=start_bare, run=start_run))
+    return rows + compare("decode_of_a_process_tokens_per_s", {name: values[1:] for name, values in speeds.items()})
+
+
+def help_time(repeats: int) -> Row:
+    def ask() -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "gemwright", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - begin
+
+    ask()
+    return {"what": "help_s", "way": "gemwright --help", **spread([ask() for _ in range(2 * repeats)])}
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(facts: Row, rows: list[Row]) -> str:
+    lines = [
+        "# `gemwright run` against the engine's own speed",
+        "",
+        f"Command: `{facts['command']}`. {facts['cpu']}, {facts['threads']} threads, {facts['system']}; "
+        f"Python {facts['python']}, xllamacpp {facts['xllamacpp']}. Model: {facts['model']}. {facts['date']}. "
+        f"Load of the machine at the start and end: {facts['load']}.",
+        "",
+        f"Decode is {DECODE} tokens after a prompt of 16, prefill a prompt of {PREFILL}, greedy. Ways are asked in "
+        "turn; the ratio and the difference are of the same round (median, lowest to highest).",
+        "",
+        "| what | way | median | lowest to highest | ratio to bare | difference to bare | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio, delta = (
+            ("", "") if "ratio" not in row or row["way"] == "bare" else map(say, (row["ratio"], row["delta"]))
+        )
+        lines.append(
+            f"| {row['what']} | {row['way']} | {row['median']:.4g} | {row['min']:.4g} to {row['max']:.4g} "
+            f"| {ratio} | {delta} | {row['n']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def say(value: Row) -> str:
+    return f"{value['median']:.4g} ({value['min']:.4g} to {value['max']:.4g})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="270m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--bare", action="store_true", help="be the bare engine")
+    asked = parser.parse_args()
+    if asked.bare:
+        return bare(asked.model, asked.threads)
+    model = resolve_model(asked.model)
+    before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    rows = in_process(model, asked.threads, asked.repeats) + cold(model, asked.threads, asked.repeats)
+    rows.append(help_time(asked.repeats))
+    after = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    facts = {
+        "command": f"python benchmarks/run_cpu.py --model {asked.model} --repeats {asked.repeats}",
+        "cpu": cpu_name(),
+        "threads": asked.threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "xllamacpp": version("xllamacpp"),
+        "model": model.name,
+        "date": date.today().isoformat(),
+        "load": f"{before:.1f}, {after:.1f}",
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {asked.threads}t".lower()).strip("-")
+    target = RESULTS / f"run_cpu_{slug}_{facts['date']}"
+    RESULTS.mkdir(exist_ok=True)
+    lines = [json.dumps(facts | row) for row in rows]
+    target.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    target.with_suffix(".md").write_text(table(facts, rows), encoding="utf-8")
+    print(table(facts, rows))
+
+
+if __name__ == "__main__":
+    main()
