@@ -78,9 +78,14 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks.view(torch.float16)[:, at // 2 : at // 2 + 1].float()
 
 
+def _compact(part: Tensor) -> Tensor:
+    """A copy without gaps; `contiguous()` leaves one block's slice as it is, whose stride no wider type can view."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
 def _nibbles(packed: Tensor, group: int) -> Tensor:
     """uint8 [n, k] -> int64 words [n, k / group, 2, group / 8]: low nibbles of each group of bytes, then the high."""
-    words = packed.contiguous().view(torch.int64).view(packed.shape[0], -1, group // 8)
+    words = _compact(packed).view(torch.int64).view(packed.shape[0], -1, group // 8)
     out = torch.empty((*words.shape[:2], 2, words.shape[2]), dtype=torch.int64, device=packed.device)
     torch.bitwise_and(words, _LOW4, out=out[:, :, 0])
     torch.bitwise_and(words >> 4, _LOW4, out=out[:, :, 1])
@@ -153,14 +158,14 @@ def _q4_k(blocks: Tensor, out: Tensor) -> None:
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
     words = _nibbles(blocks[:, 48:], 32).view(-1, 8, 4)
-    high = blocks[:, 16:48].contiguous().view(torch.int64).unsqueeze(1)
+    high = _compact(blocks[:, 16:48]).view(torch.int64).unsqueeze(1)
     shifts = torch.arange(8, device=blocks.device).view(8, 1)
     _affine(blocks, words.bitwise_or_(((high >> shifts) & _LOW1) << 4), out)
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
     words = _nibbles(blocks[:, :128], 64).view(-1, 2, 4, 4)  # [n, half, quarter, 32 values]
-    high = blocks[:, 128:192].contiguous().view(torch.int64).view(-1, 2, 1, 4)
+    high = _compact(blocks[:, 128:192]).view(torch.int64).view(-1, 2, 1, 4)
     shifts = torch.arange(0, 8, 2, device=blocks.device).view(4, 1)
     words.bitwise_or_(((high >> shifts) & (3 * _LOW1)) << 4)
     scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))

@@ -52,6 +52,12 @@ def test_more_than_one_chunk_and_odd_places(qtype: str) -> None:
     assert unpack(raw[:0], qtype).shape[0] == 0
 
 
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_one_block_alone(qtype: str) -> None:
+    raw = random_bytes(qtype)[:1, : block_size(qtype)[1]]
+    assert_same_bits(unpack(raw, qtype), reference(raw, qtype))
+
+
 def test_the_real_files_tensors(real_model: Path) -> None:
     seen: set[tuple[str, str]] = set()
     for tensor in open_gguf(real_model).tensors.values():
