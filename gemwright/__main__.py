@@ -12,6 +12,8 @@ from gemwright.cli import app
 from gemwright.errors import GemwrightError
 from gemwright.report import say
 
+INTERRUPTED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 done, 1 failed, 2 wrong usage or bad input, 3 does not fit, 130 interrupted."""
@@ -28,10 +30,12 @@ def _run(words: list[str], debug: bool) -> int:
     try:
         code = typer.main.get_command(app).main(words, prog_name="gemwright", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            say("interrupted")
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader left: nothing more to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

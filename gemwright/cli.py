@@ -29,7 +29,7 @@ app = typer.Typer(
       gemwright demo
       gemwright pull 270m
       gemwright tune chats.jsonl --model 270m --out runs/first
-      gemwright run "Say it in Russian: Friday" --model 270m --adapter runs/first
+      gemwright run "The capital of France is" --model 270m --raw
       gemwright chat --model 270m --adapter runs/first
       gemwright score page.txt --model 270m
     """,
@@ -88,7 +88,9 @@ def demo(
     say("\nNext, try:")
     for line in (
         command("gemwright", "chat", "--model", "270m", "--adapter", out),
-        command("gemwright", "run", "Write the date 2031-03-08 in Russian.", "--model", "270m", "--adapter", out),
+        command(
+            "gemwright", "run", "Write the date 2031-03-08 in Russian (русский).", "--model", "270m", "--adapter", out
+        ),
         command("gemwright", "tune", "YOUR.jsonl", "--model", "270m", "--out", "runs/mine"),
     ):
         say(f"  {line}")
@@ -177,7 +179,7 @@ def run(
 
     \b
     Examples:
-      gemwright run "Write 2031-03-08 in Russian" --model 270m --adapter runs/demo
+      gemwright run "Write the date 2031-03-08 in Russian (русский)." --model 270m --adapter runs/demo
       gemwright run "Once upon a time" --model 270m --raw --max-tokens 40 --seed 1 --json
     """
     from gemwright.engines.open import open_engine

@@ -170,7 +170,9 @@ def show(summary: dict[str, Any], examples: Sequence[Shown]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("Asked (never seen in training)", "Gemma 3 270M before", "after", "", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
+    for title, width in (("Asked (never seen in training)", 40), ("Gemma 3 270M before", 22), ("after", 22), ("", 18)):
+        table.add_column(title, width=width)
     for row in examples:
         mark = "right" if row.correct else f"wrong: {row.right}"
         table.add_row(*(Text(cell) for cell in (row.question, _short(row.before), _short(row.after), mark)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -104,3 +105,13 @@ def test_pull_of_a_local_file(gemwright: Run, tiny_model: Path) -> None:
     assert Path(row["path"]).resolve() == tiny_model.resolve()
     assert row["bytes"] == tiny_model.stat().st_size
     assert len(row["sha256"]) == 64
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process of its own")
+def test_interrupting_ends_with_one_line(tiny_model: Path) -> None:
+    words = [sys.executable, "-m", "gemwright", "run", "-", "--model", str(tiny_model)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        time.sleep(1.5)  # it waits for stdin
+        started.send_signal(signal.SIGINT)
+        shown = started.communicate()
+    assert (started.returncode, shown) == (130, (b"", b"interrupted\n"))
