@@ -59,7 +59,7 @@ def choose(logits: Tensor, seen: Sequence[int], choice: Choice, rng: torch.Gener
     min-p, Nguyen et al. 2024 (arXiv 2407.01082).
     """
     if choice.repetition_penalty != 1.0:
-        at = torch.tensor(sorted(set(seen)))
+        at = torch.tensor(sorted(set(seen)), dtype=torch.long)
         old = logits[at]
         penalised = torch.where(old > 0, old / choice.repetition_penalty, old * choice.repetition_penalty)
         logits = logits.index_copy(0, at, penalised)

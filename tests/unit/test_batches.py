@@ -1,0 +1,106 @@
+"""Packing: every example once an epoch, rows that fit, an order that repeats, labels inside their document."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemwright.errors import InputError
+from gemwright.model.decoder import rope_tables
+from gemwright.spec import BOS, SPECS
+from gemwright.train.batches import Encoded, encode_file, make_row, pack, steps
+
+SPEC = SPECS["270m"]
+SEQ = 60
+Lengths = st.lists(st.integers(1, SEQ), min_size=1, max_size=80)
+Documents = st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=8)
+
+
+def examples(lengths: list[int]) -> list[Encoded]:
+    return [Encoded([BOS, *range(10, 9 + n)], [False, *[True] * (n - 1)]) for n in lengths]
+
+
+@settings(deadline=None)
+@given(Lengths, st.integers(0, 2**31 - 1), st.integers(0, 5))
+def test_every_example_once_in_rows_that_fit(lengths: list[int], seed: int, epoch: int) -> None:
+    rows = pack(examples(lengths), SEQ, seed, epoch)
+    assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
+    assert all(row and sum(lengths[i] for i in row) <= SEQ for row in rows)
+    assert rows == pack(examples(lengths), SEQ, seed, epoch)
+
+
+def test_another_seed_or_epoch_is_another_order() -> None:
+    made = examples([7] * 100)
+    orders = [pack(made, SEQ, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(5, 40), min_size=100, max_size=200), st.integers(0, 9))
+def test_rows_are_nearly_full(lengths: list[int], seed: int) -> None:
+    rows = pack(examples(lengths), 200, seed, 0)
+    assert len(rows) <= 1.1 * sum(lengths) / 200 + 2
+
+
+@settings(deadline=None)
+@given(Documents)
+def test_labels_never_cross_documents(flags: list[list[bool]]) -> None:
+    documents = [Encoded([1000 * d + i for i in range(len(own))], own) for d, own in enumerate(flags)]
+    row = make_row(SPEC, documents)
+    lengths = [len(own) for own in flags]
+    assert row.ids.tolist() == [i for d in documents for i in d.ids] and len(row.ids) == sum(lengths)
+    learned = [(row.ids[at].item(), target) for at, target in zip(row.at, row.targets.tolist(), strict=True)]
+    assert learned == [(d.ids[i - 1], d.ids[i]) for d in documents for i in range(1, len(d.ids)) if d.labelled[i]]
+    assert all(before // 1000 == target // 1000 for before, target in learned)
+
+
+def test_positions_begin_anew_in_each_document() -> None:
+    row = make_row(SPEC, examples([5, 1, 7]))
+    positions = torch.tensor([*range(5), 0, *range(7)])
+    for mine, right in zip(itertools.chain(*row.tables), itertools.chain(*rope_tables(SPEC, positions)), strict=True):
+        assert torch.equal(mine, right)
+
+
+@settings(max_examples=30, deadline=None)
+@given(Lengths, st.integers(1, 5), st.integers(0, 99))
+def test_steps_go_through_whole_epochs(lengths: list[int], rows_per_step: int, seed: int) -> None:
+    made = [Encoded([BOS, 100 + i, *[7] * (n - 1)], [False] + [True] * n) for i, n in enumerate(lengths)]
+    stream = steps(SPEC, made, SEQ + 1, rows_per_step, seed)
+    for epoch in (1, 2):
+        seen: list[int] = []
+        passed = 0.0
+        while passed < epoch:
+            passed, rows = next(stream)
+            assert 1 <= len(rows) <= rows_per_step and epoch - 1 < passed <= epoch
+            seen += [int(i) - 100 for row in rows for i in row.ids if i >= 100]
+        assert sorted(seen) == list(range(len(lengths)))
+
+
+def encode(text: str) -> list[int]:
+    return [10 + ord(c) for c in text]
+
+
+def data(path: Path, *answers: str) -> Path:
+    rows = [{"prompt": "say it", "completion": answer} for answer in answers]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+def test_encodes_a_file(tmp_path: Path) -> None:
+    first, second = encode_file(data(tmp_path / "a.jsonl", "yes", "no"), encode, "model", 100)
+    assert first.ids[0] == BOS and len(first.ids) == len(first.labelled) == len(second.ids) + 1
+    assert sum(first.labelled) == len("yes") + 1 and first.labelled[-1]
+
+
+def test_an_example_too_long_is_named_by_its_line(tmp_path: Path) -> None:
+    path = data(tmp_path / "a.jsonl", "yes", "y" * 200, "no", "y" * 300)
+    longest = max(len(e.ids) for e in encode_file(path, encode, "model", 10_000))
+    with pytest.raises(InputError, match=rf"a\.jsonl:4: 2 of 4 examples are longer than 100.*--seq {longest}"):
+        encode_file(path, encode, "model", 100)
+    assert len(encode_file(path, encode, "model", longest)) == 4

@@ -1,0 +1,127 @@
+"""LoRA adapters: what a group of linears computes, which values it learns, what it refuses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gemwright.errors import InputError
+from gemwright.model.lora import LinearPass, LoRA, lora_from_pairs
+from gemwright.model.residency import GROUPS
+from gemwright.spec import LINEARS, SPECS
+
+SPEC = replace(SPECS["270m"], name="tiny", layers=2, hidden=12, mlp=20, heads=2, kv_heads=1, head_dim=4, vocab=32)
+RANK, ALPHA = 3, 4.5
+
+
+def new(targets: tuple[str, ...] = LINEARS, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoRA:
+    lora = LoRA(SPEC, RANK, ALPHA, targets, dtype=dtype, dropout=dropout, seed=3)
+    lora.master.normal_(generator=torch.Generator().manual_seed(1))
+    lora.refresh()
+    return lora
+
+
+def test_a_new_adapter_changes_nothing_and_starts_as_peft_does() -> None:
+    lora = LoRA(SPEC, RANK, ALPHA, dtype=torch.float32, seed=3)
+    for name, (a, b) in lora.pairs().items():
+        rows, cols = SPEC.linear_shapes[name.split(".")[1]]
+        assert a.shape == (RANK, cols) and b.shape == (rows, RANK)
+        assert not b.any() and 0 < float(a.abs().max()) <= 1 / math.sqrt(cols)
+    assert lora.master.dtype == torch.float32 and len(lora.pairs()) == SPEC.layers * len(LINEARS)
+    assert torch.equal(LoRA(SPEC, RANK, ALPHA, dtype=torch.bfloat16, seed=3).master, lora.master)
+    assert not torch.equal(LoRA(SPEC, RANK, ALPHA, dtype=torch.float32, seed=4).master, lora.master)
+
+
+@pytest.mark.parametrize("targets", [LINEARS, ("q", "v"), ("v", "k", "down"), ("up",)], ids="+".join)
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_is_its_linears_side_by_side(group: str, targets: tuple[str, ...]) -> None:
+    lora, parts = new(targets), GROUPS[group]
+    rows = [SPEC.linear_shapes[part][0] for part in parts]
+    x = torch.randn(5, SPEC.linear_shapes[parts[0]][1], requires_grad=True)
+    weight, dy = torch.randn(sum(rows), x.shape[1]), torch.randn(5, sum(rows))
+    leaves = {n: (a.clone().requires_grad_(), b.clone().requires_grad_()) for n, (a, b) in lora.pairs().items()}
+    pieces = []
+    for part, own in zip(parts, weight.split(rows), strict=True):
+        y = x @ own.t()
+        if part in targets:
+            a, b = leaves[f"1.{part}"]
+            y = y + ALPHA / RANK * (x @ a.t() @ b.t())
+        pieces.append(y)
+    right = torch.cat(pieces, 1)
+    right.backward(dy)
+    linear = LinearPass(lora, 1, group, None)
+    torch.testing.assert_close(linear.forward(x.detach(), weight), right)
+    torch.testing.assert_close(linear.backward(dy, weight), x.grad, rtol=1e-5, atol=1e-4)
+    for name, (a, b) in lora.pairs().items():
+        for view, leaf in zip((a, b), leaves[name], strict=True):
+            got = lora.grad[view.storage_offset() :][: view.numel()].view(view.shape)
+            torch.testing.assert_close(got, torch.zeros_like(got) if leaf.grad is None else leaf.grad)
+
+
+def test_without_adapters_a_linear_is_a_product() -> None:
+    x, weight = torch.randn(5, 12), torch.randn(12, 12)
+    linear = LinearPass(None, 0, "o", None)
+    assert torch.equal(linear.forward(x, weight), x @ weight.t()) and torch.equal(
+        linear.backward(x, weight), x @ weight
+    )
+
+
+def test_dropout_has_the_same_mask_forward_and_backward() -> None:
+    lora, x = new(dropout=0.5), torch.randn(64, 8)
+    weight = torch.zeros(12, 8)
+    linear = LinearPass(lora, 0, "o", torch.Generator().manual_seed(5))
+    y = linear.forward(x, weight)
+    # With W = 0 the output is linear in the dropped-out x, so <dy, y> = <dx, x> only under one mask.
+    dy = torch.randn(64, 12)
+    dx = linear.backward(dy, weight)
+    assert dx is not None
+    torch.testing.assert_close((dx * x).sum(), (dy * y).sum(), rtol=1e-4, atol=1e-3)
+    a = lora.pairs()["0.o"][0]
+    untouched = torch.isclose(y, ALPHA / RANK * (x @ a.t() @ lora.pairs()["0.o"][1].t())).all(1)
+    assert not untouched.any()
+
+
+def test_bf16_copies_follow_fp32_masters() -> None:
+    lora = new(("q",), dtype=torch.bfloat16)
+    group = lora.group(0, "qkv")
+    assert group is not None and group.a.dtype == torch.bfloat16
+    lora.master.add_(1e-6)
+    before = lora.master.clone()
+    lora.refresh()
+    assert torch.equal(lora.master, before) and torch.equal(group.a, lora.pairs()["0.q"][0].to(torch.bfloat16))
+
+
+def test_round_trip_through_pairs() -> None:
+    lora = new(("q", "down"))
+    again = lora_from_pairs(SPEC, lora.pairs(), ALPHA, torch.float32)
+    assert torch.equal(again.master, lora.master) and again.targets == ("q", "down") and again.scale == lora.scale
+
+
+def test_pairs_that_do_not_cover_every_layer_are_refused() -> None:
+    pairs = dict(new(("q", "v")).pairs())
+    pairs.pop("1.v")
+    with pytest.raises(InputError, match=r"1\.v"):
+        lora_from_pairs(SPEC, pairs, ALPHA, torch.float32)
+
+
+def test_pairs_of_different_ranks_are_refused() -> None:
+    pairs = dict(new(("q",)).pairs())
+    pairs["1.q"] = (torch.ones(2, 12), torch.ones(8, 2))
+    with pytest.raises(InputError, match="different ranks"):
+        lora_from_pairs(SPEC, pairs, ALPHA, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets", "where"),
+    [(0, LINEARS, "rank"), (5, ("k",), "rank"), (2, ("qkv",), "targets"), (2, (), "targets")],
+)
+def test_impossible_adapters_are_refused(rank: int, targets: tuple[str, ...], where: str) -> None:
+    with pytest.raises(InputError, match=where):
+        LoRA(SPEC, rank, 1.0, targets, dtype=torch.float32)
+
+
+def test_the_largest_rank_is_taken() -> None:
+    assert LoRA(SPEC, 4, 1.0, ("k",), dtype=torch.float32).rank == 4
