@@ -102,7 +102,9 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """An existing run; InputError where `path` is not one."""
         if not (path / "config.json").is_file():
-            raise InputError("not a run folder (no config.json)", where=path, fix="Give the --out of a 'gemwright tune'.")
+            raise InputError(
+                "not a run folder (no config.json)", where=path, fix="Give the --out of a 'gemwright tune'."
+            )
         return cls(path)
 
     @property
