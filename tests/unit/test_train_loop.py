@@ -1,0 +1,229 @@
+"""A whole fine-tune of a tiny model: it learns, repeats to the bit, and leaves what it should however it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gemwright.errors import InputError, MachineError
+from gemwright.runs import RunFolder
+from gemwright.spec import LINEARS
+from gemwright.train import loop
+from gemwright.train.config import TrainConfig
+from gemwright.train.loop import Progress, TuneResult, tune
+from gemwright.train.optimizer import PATIENCE
+from gemwright.train.step import StepLoss
+from gemwright.weights.gguf_writer import read_gguf_lora
+from gemwright.weights.model_file import open_model
+from gemwright.weights.peft_files import read_peft_adapter
+
+TIMES = ("step_s", "tokens_per_s", "rss_bytes")
+PAIRS = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß", "black": "schwarz", "grey": "grau"}
+PAIRS["the shade between blue and green that is named after a stone"] = "türkis"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "colours.jsonl"
+    rows = [{"prompt": f"{colour} in German", "completion": farbe} for colour, farbe in PAIRS.items()]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+Tune = Callable[..., TuneResult]
+
+
+@pytest.fixture
+def run(tiny_model: Path, data: Path, tmp_path: Path) -> Tune:
+    """`run(**settings)` tunes into `tmp_path / "run"` with small settings."""
+
+    def go(on_progress: Callable[[Progress], None] | None = None, **settings: Any) -> TuneResult:
+        small = {"data": data, "model": tiny_model, "out": tmp_path / "run", "rank": 4, "seq": 64}
+        small |= {"tokens_per_step": 128, "max_steps": 3, "lr": 0.02, "precision": "fp32"}
+        return tune(TrainConfig(**(small | settings)), on_progress)
+
+    return go
+
+
+def steady(run: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock or the machine's memory says."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in RunFolder.open(run).metrics()]
+
+
+def test_it_learns_and_leaves_a_whole_run_folder(run: Tune, tiny_model: Path, tmp_path: Path) -> None:
+    before = hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+    seen: list[Progress] = []
+    result = run(seen.append, max_steps=25, warmup=0.1)
+    # Rows of a random head are short: were every answer certain, it would still give them a loss near 11.
+    assert (
+        result.loss_first == pytest.approx(math.log(262_144), rel=0.05) and result.loss_last < result.loss_first - 0.8
+    )
+    assert result.steps == 25 and result.tokens_per_s > 0 and result.peak_rss_bytes > 0
+    assert hashlib.sha256(tiny_model.read_bytes()).hexdigest() == before
+
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "adapter",
+        "adapter.gguf",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+    ]
+    config = RunFolder.open(result.run).config()
+    assert config["rank"] == 4 and config["compute"] == "float32" and config["examples"] == len(PAIRS)
+    assert config["base"]["sha256"] == before
+    rows = RunFolder.open(result.run).metrics()
+    assert [row["step"] for row in rows] == list(range(1, 26))
+    assert rows[0]["loss"] == result.loss_first and not any(row["skipped"] for row in rows)
+    assert all(0 < row["labelled"] < row["tokens"] <= 128 and row["grad_norm"] > 0 for row in rows)
+    assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows)
+    assert (result.run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    spec = open_model(tiny_model).spec
+    peft, pairs = read_peft_adapter(result.adapter, spec)
+    alpha, gguf_pairs = read_gguf_lora(result.adapter_gguf, spec)
+    assert peft["lora_alpha"] == alpha == 4.0 and peft["r"] == 4 and len(pairs) == 7 * len(LINEARS)
+    for name, (a, b) in pairs.items():
+        assert torch.equal(a, gguf_pairs[name][0]) and torch.equal(b, gguf_pairs[name][1])
+        assert b.any() and a.isfinite().all() and b.isfinite().all()
+
+    assert {p.phase for p in seen} == {"preparing", "training", "saving"}
+    training = [p for p in seen if p.phase == "training"]
+    assert [p.step for p in training] == list(range(26)) and {p.steps for p in training} == {25}
+    assert training[-1].eta_s == 0 and training[-1].loss == rows[-1]["loss"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.3, "precision": "bf16"}, {"recompute": "always"}], ids=str)
+def test_the_same_seed_is_the_same_to_the_bit(run: Tune, tmp_path: Path, settings: dict[str, Any]) -> None:
+    one, other = (run(out=tmp_path / name, max_steps=5, **settings) for name in ("one", "other"))
+    assert steady(one.run) == steady(other.run) and len(steady(one.run)) == 5
+    for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter.gguf"):
+        assert (one.run / file).read_bytes() == (other.run / file).read_bytes()
+
+
+def test_recompute_is_the_same_run_and_another_seed_is_not(run: Tune, tmp_path: Path) -> None:
+    never, always, reseeded = (
+        run(out=tmp_path / name, dropout=0.2, **how)
+        for name, how in (
+            ("never", {"recompute": "never"}),
+            ("always", {"recompute": "always"}),
+            ("reseeded", {"seed": 1}),
+        )
+    )
+    assert steady(never.run) == steady(always.run) != steady(reseeded.run)
+    weights = [(r.adapter / "adapter_model.safetensors").read_bytes() for r in (never, always, reseeded)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_epochs_decide_where_steps_are_not_said(run: Tune) -> None:
+    result = run(max_steps=None, epochs=2, tokens_per_step=64)
+    rows = RunFolder.open(result.run).metrics()
+    assert rows[-1]["epoch"] == pytest.approx(2) and rows[-2]["epoch"] < 2 and len(rows) == result.steps
+
+
+def test_only_the_targets_are_adapted(run: Tune, tiny_model: Path) -> None:
+    result = run(targets=("q", "v"))
+    config, pairs = read_peft_adapter(result.adapter, open_model(tiny_model).spec)
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert {name.split(".")[1] for name in pairs} == {"q", "v"} and len(pairs) == 14
+
+
+def break_from(monkeypatch: pytest.MonkeyPatch, first: int, last: float = math.inf) -> None:
+    """Make the loss not a number in steps `first` to `last` (from 1)."""
+    whole, calls = loop.forward_backward, iter(range(1, 10_000))
+
+    def broken(*args: Any, **kwargs: Any) -> StepLoss:
+        done = whole(*args, **kwargs)
+        bad = first <= next(calls) <= last
+        return replace(done, loss=math.nan) if bad else done
+
+    monkeypatch.setattr(loop, "forward_backward", broken)
+
+
+def test_a_loss_that_is_no_number_is_skipped(run: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_from(monkeypatch, 2, 2 + PATIENCE - 2)
+    result = run(max_steps=8)
+    assert [row["skipped"] for row in RunFolder.open(result.run).metrics()] == [False, *[True] * (PATIENCE - 1)] + [
+        False
+    ] * (8 - PATIENCE)
+    assert math.isfinite(result.loss_last)
+
+
+def test_it_stops_where_the_loss_stays_no_number(run: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = run(out=tmp_path / "good", max_steps=8)
+    break_from(monkeypatch, 3)
+    with pytest.raises(MachineError, match="not a number") as caught:
+        run(max_steps=8)
+    assert "--lr" in str(caught.value) and len(RunFolder.open(tmp_path / "run").metrics()) == 2 + PATIENCE
+    assert steady(tmp_path / "run")[:2] == steady(good.run)[:2]
+    _, pairs = read_peft_adapter(tmp_path / "run" / "adapter")
+    assert all(a.isfinite().all() and b.isfinite().all() for a, b in pairs.values())
+    assert (tmp_path / "run" / "adapter.gguf").is_file() and not (tmp_path / "run" / "lock").exists()
+
+
+def interrupt_at(step: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.phase == "training" and progress.step == step:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_ctrl_c_saves_what_is_trained(run: Tune, tmp_path: Path) -> None:
+    stopped = run(interrupt_at(3), max_steps=9)
+    assert stopped.steps == 3 and len(RunFolder.open(stopped.run).metrics()) == 3
+    assert stopped.adapter.is_dir() and stopped.adapter_gguf.is_file() and (stopped.run / "loss.png").is_file()
+    assert not (stopped.run / "lock").exists()
+    whole = run(out=tmp_path / "whole", max_steps=9)
+    assert steady(stopped.run) == steady(whole.run)[:3]
+
+
+def test_ctrl_c_before_the_first_step_is_an_interrupt(run: Tune, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt_at(0))
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank": 33, "targets": ("k",)}, r"--rank: rank 33 does not fit .* Use 1 to 32"),
+        ({"targets": ("q", "queries")}, r"--targets: unknown LoRA target 'queries'"),
+        ({"targets": ""}, r"--targets"),
+        ({"seq": 32_769}, r"--seq: 32769 tokens exceed .* Use 32768"),
+        ({"seq": 16}, r"colours\.jsonl:7: 1 of 7 examples are longer than 16 tokens"),
+        ({"precision": "fp16"}, r"--precision: .*float16"),
+        ({"precision": "int4"}, r"--precision: unknown precision 'int4'"),
+        ({"data": Path("nowhere.jsonl")}, r"nowhere\.jsonl: no such file"),
+        ({"model": Path("nowhere.gguf")}, r"nowhere\.gguf"),
+    ],
+)
+def test_bad_input_is_found_before_the_folder_is_made(
+    run: Tune, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        run(**settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_left_alone(run: Tune, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="in use"):
+        run()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_finished_run_is_not_overwritten(run: Tune) -> None:
+    result = run(max_steps=1)
+    before = {p: p.stat().st_mtime_ns for p in result.run.rglob("*")}
+    with pytest.raises(InputError, match="in use"):
+        run(max_steps=1)
+    assert {p: p.stat().st_mtime_ns for p in result.run.rglob("*")} == before
