@@ -86,8 +86,8 @@ class Bare:
 
 
 def prompts(repeat: int, length: int) -> list[int]:
-    """Ids that share no prefix with another repeat's, so that no cache helps."""
-    return [2] + [1000 + (repeat * 7919 + at * 31) % 50_000 for at in range(length - 1)]
+    """Ids that share no prefix with those of another repeat or length, so that no cache helps."""
+    return [2] + [1000 + (repeat * 7919 + length * 6007 + at * 31) % 50_000 for at in range(length - 1)]
 
 
 def in_turn(repeats: int, **ways: Callable[[int], float]) -> dict[str, list[float]]:
@@ -147,8 +147,8 @@ def in_process(model: Path, threads: int, repeats: int) -> list[Row]:
             "first_token_s",
             in_turn(
                 2 * repeats,
-                bare=lambda r: other.ask(prompts(r, 16), 1)["first_token_s"],
-                engine=lambda r: engine.generate(prompts(r, 16), one).first_token_s,
+                bare=lambda r: other.ask(prompts(r, 24), 1)["first_token_s"],
+                engine=lambda r: engine.generate(prompts(r, 24), one).first_token_s,
             ),
         )
     other.close()
@@ -210,8 +210,8 @@ def table(facts: Row, rows: list[Row]) -> str:
         f"Python {facts['python']}, xllamacpp {facts['xllamacpp']}. Model: {facts['model']}. {facts['date']}. "
         f"Load of the machine at the start and end: {facts['load']}.",
         "",
-        f"Decode is {DECODE} tokens after a prompt of 16, prefill a prompt of {PREFILL}, greedy. Ways are asked in "
-        "turn; the ratio and the difference are of the same round (median, lowest to highest).",
+        f"Decode is {DECODE} tokens after a prompt of 16, prefill a prompt of {PREFILL}, first token one "
+        "of 24; greedy. Ways are asked in turn; the ratio and the difference are of the same round (median, lowest to highest).",
         "",
         "| what | way | median | lowest to highest | ratio to bare | difference to bare | n |",
         "|---|---|---|---|---|---|---|",

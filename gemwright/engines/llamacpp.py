@@ -98,11 +98,10 @@ class LlamaCpp:
         """Answer `prompts`, `parallel` of them side by side; `on_done(index, answer)` as each ends."""
         orders = [self._generate_order(ids, sampling, quiet=True) for ids in prompts]
         results: dict[int, Generation] = {}
-        clock = _Clock()
         with self._ask(*orders) as answers:
             for answer in answers:
                 index = answer["index"]
-                results[index] = clock.generation(answer["all"], len(prompts[index]), answer["done"], 0)
+                results[index] = _timed_by_the_child(answer["all"], len(prompts[index]), answer["done"])
                 if on_done:
                     on_done(index, results[index])
                 if len(results) == len(prompts):
@@ -266,6 +265,13 @@ class _Clock:
             (self.last - first, tokens - 1) if tokens > 1 and self.last > first else (self.last - self.begin, tokens)
         )
         return Generation(text, prompt_tokens, tokens, count / max(span, 1e-9), first - self.begin, reason)
+
+
+def _timed_by_the_child(text: str, prompt_tokens: int, done: Message) -> Generation:
+    """An answer that did not stream, with llama.cpp's own times: the prompt's, then the decoding's."""
+    tokens = done["tokens"] - (done["reason"] == "stop")
+    speed = tokens / max(done["decode_s"], 1e-9)
+    return Generation(text, prompt_tokens, tokens, speed, done["prompt_s"], done["reason"])
 
 
 def physical_cores() -> int:

@@ -121,7 +121,9 @@ class Child:
             if piece := choice["text"]:
                 pieces.append(piece) if quiet else self.say({"id": number, "text": piece})
             if reason := choice["finish_reason"]:
-                last.update(reason=reason, tokens=event["timings"]["predicted_n"])
+                times = event["timings"]
+                last.update(reason=reason, tokens=times["predicted_n"])
+                last.update(prompt_s=times["prompt_ms"] / 1e3, decode_s=times["predicted_ms"] / 1e3)
             return number in self.cancelled
 
         with self.slots:
