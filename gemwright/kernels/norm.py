@@ -16,9 +16,10 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Gemma multiplies in fp32 and rounds once, at the end.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scaled = x.to(torch.float32, copy=True)
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     rstd = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
-    scaled = torch.mul(x, rstd).mul_(weight)
+    scaled.mul_(rstd).mul_(weight)
     if residual is not None:
         scaled.add_(residual)
     return scaled.to(dtype or x.dtype), rstd
@@ -26,10 +27,11 @@ def rms_norm(
 
 def rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, *, add: Tensor | None = None) -> Tensor:
     """Return dx (+ add) in x's dtype; dy may be of any float dtype. The weight is frozen and gets no gradient."""
-    g = torch.mul(dy, weight)
-    inner = torch.mul(g, x).sum(-1, keepdim=True)
+    x_f = x.to(torch.float32)
+    g = torch.mul(dy.to(torch.float32), weight)
+    inner = torch.linalg.vecdot(g, x_f).unsqueeze(-1)
     coefficient = rstd.pow(3).mul_(inner).mul_(-1.0 / x.shape[-1])
-    dx = g.mul_(rstd).add_(torch.mul(x, coefficient))
+    dx = g.mul_(rstd).addcmul_(x_f, coefficient)
     if add is not None:
         dx.add_(add)
     return dx.to(x.dtype)

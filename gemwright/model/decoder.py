@@ -1,4 +1,4 @@
-"""The Gemma 3 text decoder over packed weights: whole sequences, packed batches, and one step at a time with a cache."""
+"""The Gemma 3 text decoder over packed weights: whole sequences, packed batches, or step by step with a cache."""
 
 from __future__ import annotations
 

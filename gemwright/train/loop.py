@@ -22,7 +22,7 @@ from gemwright.runs import RunFolder
 from gemwright.text.tokenizer import Tokenizer
 from gemwright.train.batches import Encoded, encode_file, pack, steps
 from gemwright.train.config import TrainConfig
-from gemwright.train.memory import activation_bytes, peak_rss_bytes, rss_bytes, spare_bytes
+from gemwright.train.memory import activation_bytes, keep_freed_memory, peak_rss_bytes, rss_bytes, spare_bytes
 from gemwright.train.optimizer import PATIENCE, Optimizer, learning_rate
 from gemwright.train.plot import plot_loss
 from gemwright.train.step import forward_backward
@@ -114,6 +114,7 @@ def _train(
     run: RunFolder,
     report: Callable[[Progress], None],
 ) -> TuneResult:
+    keep_freed_memory()
     spare = spare_bytes()
     activations = activation_bytes(file.spec, config.seq * config.rows_per_step, dtype.itemsize)
     recompute = config.recompute == "always" or (config.recompute == "auto" and activations > spare // 2)
