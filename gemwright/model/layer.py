@@ -43,8 +43,12 @@ class LayerPass:
             LinearPass(lora, index, group, generator) for group in ("qkv", "o", "gate_up", "down")
         )
 
-    def forward(self, x_ND: Tensor, weights: LayerWeights, attend: Attend) -> Tensor:
-        """The layer's output [N, D]; `attend` maps (q [N, H, E] scaled, k, v [N, K, E]) to [N, H, E]."""
+    def forward(self, x_ND: Tensor, weights: LayerWeights, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """The layer's output [N, D]; `attend` maps (q [N, H, E] scaled, k, v [N, K, E]) to [N, H, E].
+
+        `wanted` (int64 [M]) asks for the output [M, D] of those positions only: what follows the attention is then
+        computed for them alone, as the last layer needs where few positions carry a label.
+        """
         norms, matrices, eps, dtype = weights.norms, weights.matrices, self.spec.norm_eps, x_ND.dtype
         normed, self._rstd_x = rms_norm(x_ND, norms["attn_norm"], eps)
         qkv = self.qkv.forward(normed, matrices["qkv"])
@@ -53,6 +57,9 @@ class LayerPass:
         k, self._rstd_k = rms_norm(self._k_raw, norms["k_norm"], eps, dtype=torch.float32)
         self._q, self._k = rope(q, self.table, dtype), rope(k, self.table, dtype)
         attended = attend(self._q, self._k, self._v).flatten(1)
+        self._x, self._wanted = x_ND, wanted
+        if wanted is not None:
+            attended, x_ND = attended.index_select(0, wanted), x_ND.index_select(0, wanted)
         self._a = self.o.forward(attended, matrices["o"])
         middle, self._rstd_a = rms_norm(self._a, norms["attn_post_norm"], eps, residual=x_ND)
         normed, self._rstd_m = rms_norm(middle, norms["mlp_norm"], eps)
@@ -61,11 +68,21 @@ class LayerPass:
         wide, self._activated = geglu(self._gate, self._up)
         self._d = self.down.forward(wide, matrices["down"])
         y, self._rstd_d = rms_norm(self._d, norms["mlp_post_norm"], eps, residual=middle)
-        self._x, self._middle = x_ND, middle
+        self._middle = middle
         return y
 
+    def _everywhere(self, gradient: Tensor) -> Tensor:
+        """A gradient of the wanted positions, with zeros at all others."""
+        if self._wanted is None:
+            return gradient
+        whole = gradient.new_zeros(self._x.shape[0], gradient.shape[1])
+        return whole.index_copy_(0, self._wanted, gradient)
+
     def backward(self, dy_ND: Tensor, weights: LayerWeights, blocks: Sequence[Block]) -> Tensor | None:
-        """The gradient of the layer's input [N, D]; None for the first layer, below which nothing learns."""
+        """The gradient of the layer's input [N, D] from that of its output ([M, D] where only those were wanted).
+
+        None for the first layer, below which nothing learns.
+        """
         norms, matrices, dtype = weights.norms, weights.matrices, self._x.dtype
         dd = rms_norm_backward(dy_ND, self._d, self._rstd_d, norms["mlp_post_norm"])
         dwide = _needed(self.down.backward(dd, matrices["down"]))
@@ -74,7 +91,7 @@ class LayerPass:
         dnormed = _needed(self.gate_up.backward(dgate_up, matrices["gate_up"]))
         dmiddle = rms_norm_backward(dnormed, self._middle, self._rstd_m, norms["mlp_norm"], add=dy_ND)
         da = rms_norm_backward(dmiddle, self._a, self._rstd_a, norms["attn_post_norm"])
-        dattended = _needed(self.o.backward(da, matrices["o"])).view(self._q.shape)
+        dattended = self._everywhere(_needed(self.o.backward(da, matrices["o"]))).view(self._q.shape)
         dq, dk, dv = attention_backward(dattended, self._q, self._k, self._v, blocks)
         dqkv = torch.empty(dq.shape[0], matrices["qkv"].shape[0], dtype=dtype)
         dq_raw, dk_raw, dv_raw = split_heads(self.spec, dqkv)
@@ -84,7 +101,7 @@ class LayerPass:
         dnormed_x = self.qkv.backward(dqkv, matrices["qkv"], input_gradient=not self._first)
         if dnormed_x is None:
             return None
-        return rms_norm_backward(dnormed_x, self._x, self._rstd_x, norms["attn_norm"], add=dmiddle)
+        return rms_norm_backward(dnormed_x, self._x, self._rstd_x, norms["attn_norm"], add=self._everywhere(dmiddle))
 
 
 def packed_attention(blocks: Sequence[Block]) -> Attend:

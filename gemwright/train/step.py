@@ -16,6 +16,7 @@ from gemwright.kernels.cross_entropy import linear_cross_entropy
 from gemwright.kernels.norm import rms_norm, rms_norm_backward
 from gemwright.model.decoder import Gemma
 from gemwright.model.layer import LayerPass, packed_attention
+from gemwright.model.residency import LayerWeights
 from gemwright.train.batches import Row
 
 HEAD_POSITIONS = 1024
@@ -42,36 +43,32 @@ def forward_backward(model: Gemma, rows: Sequence[Row], *, recompute: bool, seed
     inputs: list[list[Tensor]] = []
     passes: list[list[LayerPass]] = []
 
-    def layer_pass(layer: int, r: int) -> LayerPass:
-        own_seed = (seed * spec.layers + layer) * len(rows) + r
-        return LayerPass(spec, layer, rows[r].tables[spec.is_global(layer)], lora, own_seed)
+    def visit(layer: int, r: int, x: Tensor, weights: LayerWeights) -> tuple[LayerPass, Tensor]:
+        row, whole = rows[r], spec.is_global(layer)
+        layer_pass = LayerPass(spec, layer, row.tables[whole], lora, (seed * spec.layers + layer) * len(rows) + r)
+        wanted = row.at if layer == spec.layers - 1 else None
+        return layer_pass, layer_pass.forward(x, weights, packed_attention(row.blocks[whole]), wanted)
 
     for layer in range(spec.layers):
-        weights, whole = residency.layer(layer), spec.is_global(layer)
+        weights = residency.layer(layer)
         inputs.append(states)
-        visits = [layer_pass(layer, r) for r in range(len(rows))]
-        states = [
-            visit.forward(x, weights, packed_attention(row.blocks[whole]))
-            for visit, x, row in zip(visits, states, rows, strict=True)
-        ]
-        passes.append([] if recompute else visits)
+        visits = [visit(layer, r, x, weights) for r, x in enumerate(states)]
+        states = [y for _, y in visits]
+        passes.append([] if recompute else [layer_pass for layer_pass, _ in visits])
         residency.release(layer)
 
     labelled = sum(len(row.targets) for row in rows)
     total, gradients = 0.0, []
     for x, row in zip(states, rows, strict=True):
-        nll, dx = _head(model, x, row, 1.0 / labelled)
+        nll, dx = _head(model, x, row.targets, 1.0 / labelled)
         total += nll
         gradients.append(dx)
 
     for layer in reversed(range(spec.layers)):
-        weights, whole = residency.layer(layer), spec.is_global(layer)
-        below = []
+        weights, below = residency.layer(layer), []
         for r, row in enumerate(rows):
-            visit = layer_pass(layer, r) if recompute else passes[layer][r]
-            if recompute:
-                visit.forward(inputs[layer][r], weights, packed_attention(row.blocks[whole]))
-            dx_below = visit.backward(gradients[r], weights, row.blocks[whole])
+            layer_pass = visit(layer, r, inputs[layer][r], weights)[0] if recompute else passes[layer][r]
+            dx_below = layer_pass.backward(gradients[r], weights, row.blocks[spec.is_global(layer)])
             if dx_below is not None:
                 below.append(dx_below)
         gradients, inputs[layer], passes[layer] = below, [], []
@@ -79,18 +76,15 @@ def forward_backward(model: Gemma, rows: Sequence[Row], *, recompute: bool, seed
     return StepLoss(total / labelled, labelled, sum(len(row.ids) for row in rows))
 
 
-def _head(model: Gemma, x_ND: Tensor, row: Row, weight: float) -> tuple[float, Tensor]:
-    """Summed nll of a row's targets, and the gradient of `weight` times it with respect to x [N, D]."""
+def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float) -> tuple[float, Tensor]:
+    """Summed nll of a row's targets, and the gradient of `weight` times it with respect to x [M, D]."""
     residency, eps = model.residency, model.spec.norm_eps
-    dx = torch.zeros_like(x_ND)
-    total = 0.0
-    for start in range(0, len(row.at), HEAD_POSITIONS):
-        at, targets = row.at[start : start + HEAD_POSITIONS], row.targets[start : start + HEAD_POSITIONS]
-        x_MD = x_ND.index_select(0, at)
-        h_MD, rstd = rms_norm(x_MD, residency.final_norm, eps)
-        nll, dh = linear_cross_entropy(h_MD, residency.head_rows, residency.vocab, targets)
+    total, gradients = 0.0, []
+    for x, target in zip(torch.split(x_MD, HEAD_POSITIONS), torch.split(target_M, HEAD_POSITIONS), strict=True):
+        h, rstd = rms_norm(x, residency.final_norm, eps)
+        nll, dh = linear_cross_entropy(h, residency.head_rows, residency.vocab, target)
         if dh is None:
             raise RuntimeError("the head gave no gradient")
-        dx.index_copy_(0, at, rms_norm_backward(dh.mul_(weight), x_MD, rstd, residency.final_norm))
+        gradients.append(rms_norm_backward(dh.mul_(weight), x, rstd, residency.final_norm))
         total += float(nll.sum())
-    return total, dx
+    return total, torch.cat(gradients)
