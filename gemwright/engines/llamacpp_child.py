@@ -14,6 +14,8 @@ import tempfile
 import threading
 from typing import Any, BinaryIO
 
+from gemwright.spec import EOS
+
 Message = dict[str, Any]
 
 
@@ -155,20 +157,36 @@ class Child:
 
     def score_run(self, request: Message, slot: int, run: range) -> None:
         number, ids = request["id"], request["ids"]
-        body = request["body"] | {"n_predict": 1, "n_probs": 1, "temperature": 0, "id_slot": slot}
+        body = request["body"] | {"n_predict": 1, "temperature": 0, "id_slot": slot}
         for at in run:
             if number in self.cancelled:
                 return
-            ask = body | {"prompt": ids[:at], "logit_bias": [[ids[at], 1e6]]}
-            answer = self.server.handle_completions(ask)
+            found = self.forced(body | {"prompt": ids[:at]}, ids[at])
+            self.say({"id": number} | (found if "error" in found else found | {"at": at}))
+            if "error" in found:
+                return
+
+    def forced(self, ask: Message, token: int) -> Message:
+        """The unbiased `logprob` of `token` after the prompt of `ask`, or an `error`."""
+        answer = self.server.handle_completions(ask | {"logit_bias": [[token, 1e6]], "n_probs": 1})
+        if "choices" not in answer:
+            return refusal(answer)
+        probabilities = answer["choices"][0]["logprobs"]
+        if probabilities is None:
+            return self.listed(ask, token)
+        own = probabilities["content"][0]
+        return {"logprob": own["logprob"]} if own["id"] == token else {"error": f"token {token} could not be forced"}
+
+    def listed(self, ask: Message, token: int) -> Message:
+        """As `forced`, among the likeliest: the server gives no probabilities of a byte that is part of a character."""
+        for count in (1000, 1 << 19):  # the whole vocabulary takes seconds, and is hardly ever needed
+            answer = self.server.handle_completions(ask | {"logit_bias": [[EOS, 1e6]], "n_probs": count})
             if "choices" not in answer:
-                self.say({"id": number, **refusal(answer)})
-                return
-            forced = answer["choices"][0]["logprobs"]["content"][0]
-            if forced["id"] != ids[at]:
-                self.say({"id": number, "error": f"token {ids[at]} could not be forced"})
-                return
-            self.say({"id": number, "at": at, "logprob": forced["logprob"]})
+                return refusal(answer)
+            for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+                if one["id"] == token:
+                    return {"logprob": one["logprob"]}
+        return {"error": f"token {token} has no probability"}
 
 
 def refusal(answer: Message) -> Message:

@@ -72,3 +72,13 @@ def test_the_greedy_token_has_the_highest_score(real_model: Path) -> None:
         best = engine.encode(answer.text)
         scores = {id_: engine.score([*prompt, id_])[-1] for id_ in (*best, 818, 5279, 236764)}
     assert max(scores, key=lambda id_: scores[id_]) == best[0]
+
+
+def test_bytes_that_end_no_character_are_scored(exact_model: Path) -> None:
+    """A no-break space and rarer characters are tokens of one byte each, for which llama.cpp gives no text yet."""
+    with LlamaCpp(exact_model, context=64) as engine:
+        ids = [BOS, *engine.encode("1\u00a0000 𓀀 ok")]
+        theirs = engine.score(ids)
+    assert sum(0x80 <= id_ - 238 <= 0xFF for id_ in ids) >= 5
+    ours = Gemma.load(open_model(exact_model), dtype=torch.float32).log_probs(ids).tolist()
+    assert theirs == pytest.approx(ours, abs=5e-3)
