@@ -2,7 +2,7 @@
 
     python benchmarks/run_cpu.py --model 270m [--repeats 5]
 
-The bare engine is xllamacpp's server, called directly in a process of its own (`--bare`) with the same settings.
+The bare engine is xllamacpp's server, called directly in a process of its own (`run_cpu_bare.py`), same settings.
 Both are loaded side by side and asked in turn, so that a slow moment of the machine meets both.
 """
 
@@ -33,41 +33,11 @@ DECODE, PREFILL, CONTEXT = 128, 1024, 4096
 Row = dict[str, Any]
 
 
-def bare(model: str, threads: int) -> None:
-    """The engine alone: answers lines of {"prompt", "n_predict"} with its times, without gemwright."""
-    begin = time.perf_counter()
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = model, CONTEXT, 1, 2
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.warmup, params.cache_ram_mib, params.swa_full = False, 0, True
-    server = xllamacpp.Server(params)
-    loaded = time.perf_counter() - begin
-    for line in sys.stdin:
-        first, last = 0.0, 0.0
-        count = 0
-
-        def hear(event: Row) -> bool:
-            nonlocal first, last, count
-            last = time.perf_counter()
-            if event["choices"][0]["text"]:
-                first = first or last
-            if "timings" in event:
-                count = event["timings"]["predicted_n"]
-            return False
-
-        start = time.perf_counter()
-        server.handle_completions(json.loads(line) | {"temperature": 0, "stream": True}, hear)
-        row = {"first_token_s": first - start, "tokens_per_s": (count - 1) / max(last - first, 1e-9), "load_s": loaded}
-        print(json.dumps(row), flush=True)
-
-
 class Bare:
-    """The parent's side of `--bare`."""
+    """The parent's side of `run_cpu_bare.py`."""
 
     def __init__(self, model: Path, threads: int) -> None:
-        command = [sys.executable, __file__, "--bare", "--model", str(model), "--threads", str(threads)]
+        command = [sys.executable, str(Path(__file__).with_name("run_cpu_bare.py")), str(model), str(threads)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -211,7 +181,7 @@ def table(facts: Row, rows: list[Row]) -> str:
         f"Load of the machine at the start and end: {facts['load']}.",
         "",
         f"Decode is {DECODE} tokens after a prompt of 16, prefill a prompt of {PREFILL}, first token one "
-        "of 24; greedy. Ways are asked in turn; the ratio and the difference are of the same round (median, lowest to highest).",
+        "of 24; greedy. Asked in turn; ratio and difference are of the same round (median, lowest to highest).",
         "",
         "| what | way | median | lowest to highest | ratio to bare | difference to bare | n |",
         "|---|---|---|---|---|---|---|",
@@ -236,17 +206,15 @@ def main() -> None:
     parser.add_argument("--model", default="270m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--bare", action="store_true", help="be the bare engine")
     asked = parser.parse_args()
-    if asked.bare:
-        return bare(asked.model, asked.threads)
     model = resolve_model(asked.model)
     before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     rows = in_process(model, asked.threads, asked.repeats) + cold(model, asked.threads, asked.repeats)
     rows.append(help_time(asked.repeats))
     after = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     facts = {
-        "command": f"python benchmarks/run_cpu.py --model {asked.model} --repeats {asked.repeats}",
+        "command": f"python benchmarks/run_cpu.py --model {Path(asked.model).name} "
+        f"--repeats {asked.repeats} --threads {asked.threads}",
         "cpu": cpu_name(),
         "threads": asked.threads,
         "system": f"{platform.system()} {platform.machine()}",
