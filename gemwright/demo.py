@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gemwright.train.loop import Progress, TuneResult
 
 MODEL = "270m"
-STEPS, RANK, SEQ, LEARNING_RATE = 110, 16, 1024, 1e-3
+STEPS, RANK, SEQ, LEARNING_RATE = 150, 16, 1024, 2e-3
 SIDE_BY_SIDE, LONGEST_ANSWER = 8, 40
 SHOWN = ("Russian", "Russian", "Ukrainian", "German", "Polish", "Greek", "Turkish", "Japanese", "Hindi", "Spanish")
 # Where each phase ends on the one bar: its share of the time measured on two cores.
