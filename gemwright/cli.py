@@ -133,7 +133,11 @@ def tune(
     tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", min=16, help="Tokens a step.")] = None,
     dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout (0).")] = None,
     targets: Annotated[str | None, typer.Option("--targets", help="Linears to adapt, e.g. q,k,v,o (all).")] = None,
+    train_on: Annotated[str | None, typer.Option("--train-on", help="Turns to learn: model, last or all.")] = None,
     precision: Annotated[str | None, typer.Option("--precision", help="auto, bf16 or fp32.")] = None,
+    recompute: Annotated[
+        str | None, typer.Option("--recompute", help="Activations anew in the backward: auto, always, never.")
+    ] = None,
     seed: Seed = None,
     threads: Threads = None,
     as_json: AsJson = False,

@@ -171,12 +171,12 @@ def show(summary: dict[str, Any], examples: Sequence[Shown]) -> str:
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD)
-    for title, width in (("Asked (never seen in training)", 40), ("Gemma 3 270M before", 22), ("after", 22), ("", 18)):
-        table.add_column(title, width=width)
+    for title in ("Asked (never seen in training)", "Before", "After", ""):
+        table.add_column(title, no_wrap=True)
     for row in examples:
         mark = "right" if row.correct else f"wrong: {row.right}"
-        table.add_row(*(Text(cell) for cell in (row.question, _short(row.before), _short(row.after), mark)))
-    console = Console(file=io.StringIO(), width=110, highlight=False)
+        table.add_row(*(Text(cell) for cell in (row.question, _short(row.before, 16), _short(row.after, 24), mark)))
+    console = Console(file=io.StringIO(), width=130, highlight=False)
     console.print(table)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     return (
@@ -188,7 +188,7 @@ def show(summary: dict[str, Any], examples: Sequence[Shown]) -> str:
     )
 
 
-def _short(text: str) -> str:
-    """The first line of an answer, cut to what a column holds."""
+def _short(text: str, width: int) -> str:
+    """The first line of an answer, cut to `width` characters."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "(nothing)")
-    return line if len(line) <= 40 else line[:39] + "…"
+    return line if len(line) <= width else line[: width - 1] + "…"
