@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         total += row["tokens"]
         seen.append(total)
     losses = [row["loss"] for row in metrics]
-    smooth, running = [], losses[0]
+    smooth, total_loss, weight = [], 0.0, 0.0
     for loss in losses:
-        running = 0.9 * running + 0.1 * loss if loss == loss else running
-        smooth.append(running)
+        if math.isfinite(loss):
+            total_loss, weight = 0.9 * total_loss + loss, 0.9 * weight + 1
+        smooth.append(total_loss / weight if weight else math.nan)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(seen, losses, color="#9db7d5", linewidth=1, label="each step")
