@@ -169,7 +169,7 @@ class LinearPass:
             return dx
         dt = torch.mm(dy, self._group.b)
         x = self._x if self._mask is None else self._x * self._mask
-        self._lora.add_gradient(self._group, torch.mm(dt.t(), x), torch.mm(dy.t(), self._t))
+        self._lora.add_gradient(self._group, torch.mm(dt.t(), x), torch.mm(self._t.t(), dy).t())
         if dx is None or self._mask is None:
             return dx.addmm_(dt, self._group.a) if dx is not None else None
         return dx.add_(torch.mm(dt, self._group.a).mul_(self._mask))

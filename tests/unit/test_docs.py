@@ -31,7 +31,8 @@ def test_readme_names_only_verbs_that_exist() -> None:
     from gemwright.cli import app
 
     verbs = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    said = set(re.findall(r"^\s*(?:\$ )?gemwright ([a-z]+)(?![a-z-])", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"^\s*(?:\$ )?gemwright ([a-z]+)(?![a-z-])", text, re.M))
     assert said and said <= verbs
 
 
