@@ -74,7 +74,7 @@ def demo(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune the real Gemma 3 270M on this machine and show it before and after (about six minutes).
+    """Fine-tune the real Gemma 3 270M on this machine and show it before and after (about seven minutes on two cores).
 
     \b
     Example:
