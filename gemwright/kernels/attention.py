@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 QUERY_BLOCK = 256
+# Pieces are rounded up to few shapes: the CPU library compiles each new shape of a product, for milliseconds.
+LENGTH_STEP, COUNT_STEP = 16, 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def plan_blocks(lengths: Sequence[int], window: int | None, device: torch.device
     short = sorted((length, start) for start, length in zip(starts, lengths, strict=False) if length <= QUERY_BLOCK)
     for length, start in short:
         group = spans[-1] if spans else []
-        if not group or length > 1.25 * (group[0][1] - group[0][0]) + 4:
+        if not group or _rounded(length, LENGTH_STEP) != _rounded(group[0][1] - group[0][0], LENGTH_STEP):
             spans.append([])
         spans[-1].append((start, start + length, start, start + length))
     for start, length in zip(starts, lengths, strict=False):
@@ -52,10 +54,15 @@ def plan_blocks(lengths: Sequence[int], window: int | None, device: torch.device
     return [_block(group, window, device) for group in spans]
 
 
+def _rounded(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
 def _block(spans: list[tuple[int, int, int, int]], window: int | None, device: torch.device | None) -> Block:
-    queries = max(b - a for a, b, _, _ in spans)
-    keys = max(d - c for _, _, c, d in spans)
-    at = torch.tensor(spans)
+    queries = _rounded(max(b - a for a, b, _, _ in spans), LENGTH_STEP)
+    keys = _rounded(max(d - c for _, _, c, d in spans), LENGTH_STEP)
+    count = len(spans) if len(spans) == 1 else _rounded(len(spans), COUNT_STEP)
+    at = torch.tensor(spans + [(0, 0, 0, 0)] * (count - len(spans)))
     q = at[:, :1] + torch.arange(queries)
     k = at[:, 2:3] + torch.arange(keys)
     real_q, real_k = q < at[:, 1:2], k < at[:, 3:4]
@@ -64,10 +71,10 @@ def _block(spans: list[tuple[int, int, int, int]], window: int | None, device: t
         seen &= q[:, :, None] - k[:, None, :] < window
     seen |= ~real_q[:, :, None]  # a padded query attends anywhere, so that its softmax stays finite; it is dropped
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    q, k = torch.minimum(q, at[:, 1:2] - 1), torch.minimum(k, at[:, 3:4] - 1)
+    q, k = (torch.minimum(rows, last - 1).clamp_(min=0) for rows, last in ((q, at[:, 1:2]), (k, at[:, 3:4])))
     places = (real.flatten().nonzero()[:, 0] for real in (real_q, real_k, ~real_q))
     parts = (q.flatten(), k.flatten(), bias, *places)
-    return Block(len(spans), queries, keys, *(part.to(device) for part in parts))
+    return Block(count, queries, keys, *(part.to(device) for part in parts))
 
 
 def _heads(x: Tensor, rows: Tensor, count: int, length: int, kv_heads: int, zero: Tensor | None = None) -> Tensor:

@@ -22,7 +22,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (nll [M] fp32 in nats, dh [M, D] fp32 = d(sum of nll)/dh, or None).
 
-    `rows(a, b)` gives head rows a..b as [b-a, D] in h's dtype, valid until the next call; `target_M` int64 in 0..vocab.
+    `rows(a, b)` gives head rows a..b as [b-a, D] in h's dtype, valid until the next call; `target_M` int64 in 0..vocab,
+    or negative where a position is ignored: its loss and gradient are zero.
     """
     count, width = h_MD.shape
     top = torch.full((count, 1), -torch.inf, dtype=torch.float32, device=h_MD.device)
@@ -44,5 +45,6 @@ def linear_cross_entropy(
             dh.mul_(shrink).add_(torch.mm(weight.to(h_MD.dtype), head))
             own[here] = head[target_M[here] - start].float()
         top = highest
-    nll = (total.log() + top - right).squeeze(1)
-    return nll, dh.div_(total).sub_(own) if dh is not None else None
+    ignored = (target_M < 0).unsqueeze(1)
+    nll = (total.log() + top - right).masked_fill_(ignored, 0).squeeze(1)
+    return nll, dh.div_(total).sub_(own).masked_fill_(ignored, 0) if dh is not None else None

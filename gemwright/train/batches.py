@@ -14,10 +14,13 @@ from gemwright.errors import GemwrightError, InputError
 from gemwright.kernels.attention import Block
 from gemwright.model.decoder import plan_attention, rope_tables
 from gemwright.model.layer import Table
-from gemwright.spec import ModelSpec
+from gemwright.spec import PAD, ModelSpec
 from gemwright.text.chat import Message, TrainOn, encode_example
 
 OPEN_ROWS = 32
+# Rows and their labels are filled up to few sizes: the CPU library compiles each new shape of a product.
+ROW_STEP, LABEL_STEP = 64, 32
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Row:
-    """One micro-batch: documents one after another, without padding.
+    """One micro-batch: documents one after another, filled up to a whole ROW_STEP by one more of PAD tokens.
 
-    ids [N] int64; `at` [M] positions whose next token is a target, and those `targets` [M]; attention blocks and
-    rotation tables as (local, global).
+    ids [N] int64; `at` [M] positions whose next token is a target, and those `targets` [M], filled up to a whole
+    LABEL_STEP by unlabelled positions with IGNORED; attention blocks and rotation tables as (local, global).
+    `tokens` and `labelled` count without what was filled up.
     """
 
     ids: Tensor
@@ -41,6 +45,8 @@ class Row:
     targets: Tensor
     blocks: tuple[list[Block], list[Block]]
     tables: tuple[Table, Table]
+    tokens: int
+    labelled: int
 
 
 def encode_file(path: Path, encode: Callable[[str], list[int]], train_on: TrainOn, seq: int) -> list[Encoded]:
@@ -87,12 +93,26 @@ def pack(examples: Sequence[Encoded], seq: int, seed: int, epoch: int) -> list[l
 
 def make_row(spec: ModelSpec, documents: Sequence[Encoded]) -> Row:
     """Lay documents end to end; positions begin at 0 in each, and no label crosses from one to the next."""
+    tokens = sum(len(d.ids) for d in documents)
+    fill = -tokens % ROW_STEP
+    if fill:
+        documents = [*documents, Encoded([PAD] * fill, [False] * fill)]
     lengths = [len(d.ids) for d in documents]
     ids = torch.tensor([i for d in documents for i in d.ids])
     learned = torch.tensor([flag for d in documents for flag in [*d.labelled[1:], False]])
-    at = learned.nonzero()[:, 0]
+    at, spare = learned.nonzero()[:, 0], (~learned).nonzero()[:, 0]
+    targets = ids[at + 1]
+    spare = spare[: -len(at) % LABEL_STEP]
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return Row(ids, at, ids[at + 1], plan_attention(spec, lengths), rope_tables(spec, positions))
+    return Row(
+        ids,
+        torch.cat([at, spare]),
+        torch.cat([targets, torch.full_like(spare, IGNORED)]),
+        plan_attention(spec, lengths),
+        rope_tables(spec, positions),
+        tokens,
+        len(targets),
+    )
 
 
 def steps(

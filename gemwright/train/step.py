@@ -57,7 +57,7 @@ def forward_backward(model: Gemma, rows: Sequence[Row], *, recompute: bool, seed
         passes.append([] if recompute else [layer_pass for layer_pass, _ in visits])
         residency.release(layer)
 
-    labelled = sum(len(row.targets) for row in rows)
+    labelled = sum(row.labelled for row in rows)
     total, gradients = 0.0, []
     for x, row in zip(states, rows, strict=True):
         nll, dx = _head(model, x, row.targets, 1.0 / labelled)
@@ -73,7 +73,7 @@ def forward_backward(model: Gemma, rows: Sequence[Row], *, recompute: bool, seed
                 below.append(dx_below)
         gradients, inputs[layer], passes[layer] = below, [], []
         residency.release(layer)
-    return StepLoss(total / labelled, labelled, sum(len(row.ids) for row in rows))
+    return StepLoss(total / labelled, labelled, sum(row.tokens for row in rows))
 
 
 def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float) -> tuple[float, Tensor]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from gemwright.errors import InputError
 from gemwright.model.decoder import rope_tables
-from gemwright.spec import BOS, SPECS
-from gemwright.train.batches import Encoded, encode_file, make_row, pack, steps
+from gemwright.spec import BOS, PAD, SPECS
+from gemwright.train.batches import IGNORED, LABEL_STEP, ROW_STEP, Encoded, encode_file, make_row, pack, steps
 
 SPEC = SPECS["270m"]
 SEQ = 60
@@ -54,15 +54,26 @@ def test_labels_never_cross_documents(flags: list[list[bool]]) -> None:
     documents = [Encoded([1000 * d + i for i in range(len(own))], own) for d, own in enumerate(flags)]
     row = make_row(SPEC, documents)
     lengths = [len(own) for own in flags]
-    assert row.ids.tolist() == [i for d in documents for i in d.ids] and len(row.ids) == sum(lengths)
-    learned = [(row.ids[at].item(), target) for at, target in zip(row.at, row.targets.tolist(), strict=True)]
+    assert row.ids[: row.tokens].tolist() == [i for d in documents for i in d.ids] and row.tokens == sum(lengths)
+    pairs = zip(row.at[: row.labelled], row.targets[: row.labelled].tolist(), strict=True)
+    learned = [(row.ids[at].item(), target) for at, target in pairs]
     assert learned == [(d.ids[i - 1], d.ids[i]) for d in documents for i in range(1, len(d.ids)) if d.labelled[i]]
     assert all(before // 1000 == target // 1000 for before, target in learned)
 
 
+@settings(deadline=None)
+@given(Documents)
+def test_rows_and_labels_are_filled_up_without_effect(flags: list[list[bool]]) -> None:
+    row = make_row(SPEC, [Encoded([7] * len(own), own) for own in flags])
+    assert len(row.ids) % ROW_STEP == 0 and len(row.ids) - row.tokens < ROW_STEP
+    assert row.ids[row.tokens :].eq(PAD).all() and row.targets[row.labelled :].eq(IGNORED).all()
+    assert len(row.at) % LABEL_STEP == 0 or len(row.at) == len(row.ids)
+    assert len(row.at) == len(row.targets) == len(set(row.at.tolist()))  # a position twice would lose a gradient
+
+
 def test_positions_begin_anew_in_each_document() -> None:
     row = make_row(SPEC, examples([5, 1, 7]))
-    positions = torch.tensor([*range(5), 0, *range(7)])
+    positions = torch.tensor([*range(5), 0, *range(7), *range(ROW_STEP - 13)])
     for mine, right in zip(itertools.chain(*row.tables), itertools.chain(*rope_tables(SPEC, positions)), strict=True):
         assert torch.equal(mine, right)
 

@@ -322,3 +322,17 @@ def test_linear_cross_entropy_reads_each_row_once() -> None:
 
     linear_cross_entropy(randn(4, 5, seed=2), rows, vocab, torch.arange(4))
     assert spans[0][0] == 0 and spans[-1][1] == vocab and all(a[1] == b[0] for a, b in pairwise(spans))
+
+
+def test_ignored_positions_have_no_loss_and_no_gradient() -> None:
+    torch.manual_seed(0)
+    head, h = torch.randn(507, 32), torch.randn(7, 32)
+    target = torch.tensor([3, -100, 506, 0, -100, 9, 250])
+    nll, dh = linear_cross_entropy(h, lambda a, b: head[a:b], 507, target)
+    assert dh is not None
+    kept = target >= 0
+    alone, d_alone = linear_cross_entropy(h[kept], lambda a, b: head[a:b], 507, target[kept])
+    assert d_alone is not None
+    torch.testing.assert_close(nll[kept], alone)
+    torch.testing.assert_close(dh[kept], d_alone)
+    assert nll[~kept].eq(0).all() and dh[~kept].eq(0).all()
