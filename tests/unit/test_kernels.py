@@ -105,11 +105,14 @@ def test_rms_norm_of_zeros_is_zero() -> None:
 @ODD
 def test_geglu(rows: int, width: int, dtype: torch.dtype) -> None:
     gate, up = (randn(rows, width, seed=s, dtype=dtype, scale=2) for s in (1, 2))
+    gate_up, y, again = torch.cat([gate, up], 1), torch.empty_like(gate), torch.empty_like(gate)
     dy, out = randn(rows, width, seed=3, dtype=dtype), torch.empty(rows, 2 * width, dtype=dtype)
-    y, activated = geglu(gate, up)
-    geglu_backward(dy.clone(), gate, up, activated, out)
+    kept = geglu(gate_up, y)
+    geglu_backward(dy, gate_up, kept, out)
     gradients = (out[:, :width], out[:, width:])
     assert_no_worse((y, *gradients), lambda g, u: F.gelu(g, approximate="tanh") * u, dy, (gate, up))
+    geglu_backward(dy, gate_up, None, gate_up, again)
+    assert torch.equal(gate_up, out) and torch.equal(again, y)
 
 
 def plain_rope(positions: Tensor, base: float, scale: float) -> Callable[[Tensor], Tensor]:
