@@ -63,7 +63,7 @@ def our_step(model: Path, precision: str) -> Callable[[list], float]:
 
     def step(rows: list) -> float:
         row = make_row(file.spec, [document for row in rows for document in row])
-        loss = forward_backward(gemma, [row], recompute=False).loss
+        loss = forward_backward(gemma, [row]).loss
         optimizer.update(RATE, loss)
         return loss
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from gemwright.errors import InputError
-from gemwright.kernels.attention import Block, plan_blocks
+from gemwright.kernels.attend import Attention, plan
 from gemwright.kernels.cross_entropy import linear_cross_entropy
-from gemwright.kernels.norm import rms_norm
+from gemwright.kernels.dispatch import rms_norm
+from gemwright.kernels.heads import Table
 from gemwright.kernels.rope import rope_table
 from gemwright.model.cache import KVCache
-from gemwright.model.layer import Attend, LayerPass, Table, packed_attention
+from gemwright.model.layer import Keep, LayerPass, needed
 from gemwright.model.lora import LoRA, lora_from_pairs
 from gemwright.model.precision import choose_dtype
 from gemwright.model.residency import Residency, UnpackedResidency
@@ -27,10 +28,12 @@ def rope_tables(spec: ModelSpec, positions: Tensor) -> tuple[Table, Table]:
     return local, rope_table(positions, spec.head_dim, spec.rope_global_base, spec.rope_global_scale)
 
 
-def plan_attention(spec: ModelSpec, lengths: Sequence[int]) -> tuple[list[Block], list[Block]]:
-    """(local, global) attention blocks for packed documents of `lengths`; one list where the window changes nothing."""
-    everything = plan_blocks(lengths, None)
-    return (everything if max(lengths) <= spec.window else plan_blocks(lengths, spec.window)), everything
+def plan_attention(
+    spec: ModelSpec, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[Attention, Attention]:
+    """(local, global) attention for packed documents of `lengths`; one object where the window changes nothing."""
+    everything = plan(lengths, None, device, dtype)
+    return (everything if max(lengths) <= spec.window else plan(lengths, spec.window, device, dtype)), everything
 
 
 class Gemma:
@@ -66,16 +69,14 @@ class Gemma:
         self._check_ids(ids)
         past = cache.length if cache else 0
         tables = rope_tables(self.spec, torch.arange(past, past + len(ids)))
-        blocks = plan_attention(self.spec, [len(ids)]) if cache is None else None
+        cpu, dtype = torch.device("cpu"), self.residency.dtype
+        packed = plan_attention(self.spec, [len(ids)], cpu, dtype) if cache is None else None
         x = self.residency.embed(torch.tensor(ids))
         for i in range(self.spec.layers):
             whole = self.spec.is_global(i)
-            attend: Attend
-            if cache is not None:
-                attend = cache.attend(i)
-            elif blocks is not None:
-                attend = packed_attention(blocks[whole])
-            x = LayerPass(self.spec, i, tables[whole], self.lora).forward(x, self.residency.layer(i), attend)
+            attention = packed[whole] if packed is not None else needed(cache).attention(i)
+            visit = LayerPass(self.spec, i, tables[whole], attention, self.lora)
+            x = visit.forward(x, self.residency.layer(i), keep=Keep.INPUT)
             self.residency.release(i)
         if cache is not None:
             cache.advance(len(ids))

@@ -1,17 +1,20 @@
 """One decoder layer, forward and backward written out, so that a layer can stream, recompute or be kept at will.
 
-Legend: N tokens of a packed row, D hidden, H heads, K kv heads, E head size, F mlp width.
+Legend: N tokens of a packed row, M of them wanted, D hidden, H heads, K kv heads, E head size, F mlp width.
 Source: Gemma 3 technical report (arXiv 2503.19786); norms before and after attention and MLP, q/k norm, GeGLU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gemwright.kernels.attention import Block, attention, attention_backward
+from gemwright.kernels.attend import Attention, Kept
 from gemwright.kernels.dispatch import (
     geglu,
     geglu_backward,
@@ -21,94 +24,254 @@ from gemwright.kernels.dispatch import (
     rms_norm,
     rms_norm_backward,
 )
-from gemwright.kernels.heads import split_heads
-from gemwright.model.lora import LinearPass, LoRA
-from gemwright.model.residency import LayerWeights
+from gemwright.kernels.heads import Table, split_heads
+from gemwright.model.lora import Linear, LoRA
+from gemwright.model.residency import GROUPS, LayerWeights
 from gemwright.spec import ModelSpec
 
-Table = tuple[Tensor, Tensor]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+T = TypeVar("T")
+
+
+class Keep(IntEnum):
+    """What the forward leaves for the backward; the rest is computed again.
+
+    INPUT: the layer's input. NARROW: also the attention's and the MLP's outputs, a hidden vector a token each, which
+    spares the backward the attention and two of the four products. HEADS: also the joint projection. ALL: everything.
+    """
+
+    INPUT = 0
+    NARROW = 1
+    HEADS = 2
+    ALL = 3
+
+
+@dataclass
+class Chunk:
+    """What some tokens of a layer hold from the attention's end to the layer's.
+
+    `a` and `d` [n, D] the outputs of attention and MLP, `middle` = x + norm(a); `attended`, `normed` and `wide` the
+    inputs of the products with their tails.
+    """
+
+    attended: Tensor
+    a: Tensor
+    middle: Tensor
+    rstd_a: Tensor
+    normed: Tensor
+    rstd: Tensor
+    gate_up: Tensor
+    activated: Tensor | None
+    wide: Tensor
+    d: Tensor
 
 
 class LayerPass:
-    """One visit of one layer by one micro-batch; `backward` may be called once after `forward`.
+    """One visit of one layer by one micro-batch: `forward`, then `backward` once.
 
     It keeps activations only: the weights come anew with each call, since a streamed layer's buffer is recycled.
+    All but the attention runs in chunks of `chunk` tokens, so that what is wide never exists for a long row at once.
     """
 
-    def __init__(self, spec: ModelSpec, index: int, table: Table, lora: LoRA | None, seed: int = 0) -> None:
-        self.spec, self.table, self._first = spec, table, index == 0
-        generator = torch.Generator().manual_seed(seed) if lora is not None and lora.dropout else None
-        self.qkv, self.o, self.gate_up, self.down = (
-            LinearPass(lora, index, group, generator) for group in ("qkv", "o", "gate_up", "down")
-        )
+    def __init__(
+        self,
+        spec: ModelSpec,
+        index: int,
+        table: Table,
+        attention: Attention,
+        lora: LoRA | None = None,
+        *,
+        seed: int = 0,
+        chunk: int = 1 << 30,
+    ) -> None:
+        self.spec, self.table, self.attention, self._chunk, self._first = spec, table, attention, chunk, index == 0
+        self._linears = {group: Linear(lora, index, group, seed) for group in GROUPS}
+        self._wanted: Tensor | None = None
+        self._entries: list[tuple[Tensor, Tensor]] = []
+        self._chunks: list[Chunk] = []
+        self._qkv: Tensor | None = None
+        self._heads: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._attended: Tensor | None = None
+        self._kept: Kept = ()
+        self._a: Tensor | None = None
+        self._d: Tensor | None = None
+        self._rstd_d: list[Tensor] = []
+        self._given: list[str] = []
+        self._states: Kept = ()
 
-    def forward(self, x_ND: Tensor, weights: LayerWeights, attend: Attend, wanted: Tensor | None = None) -> Tensor:
-        """The layer's output [N, D]; `attend` maps (q [N, H, E] scaled, k, v [N, K, E]) to [N, H, E].
+    def forward(
+        self, x_ND: Tensor, weights: LayerWeights, wanted: Tensor | None = None, keep: Keep = Keep.ALL
+    ) -> Tensor:
+        """The layer's output [N, D].
 
         `wanted` (int64 [M]) asks for the output [M, D] of those positions only: what follows the attention is then
         computed for them alone, as the last layer needs where few positions carry a label.
         """
-        spec, norms, matrices, eps = self.spec, weights.norms, weights.matrices, self.spec.norm_eps
-        normed, self._rstd_x = rms_norm(x_ND, norms["attn_norm"], eps)
-        self._qkv = qkv = self.qkv.forward(normed, matrices["qkv"])
-        self._q, self._k, *self._rstd_qk = norm_rope(
-            qkv, norms["q_norm"], norms["k_norm"], self.table, spec.heads, spec.kv_heads, eps
-        )
-        self._v = split_heads(qkv, spec.heads, spec.kv_heads)[2]
-        attended = attend(self._q, self._k, self._v).flatten(1)
-        self._x, self._wanted = x_ND, wanted
-        if wanted is not None:
-            attended, x_ND = attended.index_select(0, wanted), x_ND.index_select(0, wanted)
-        self._a = self.o.forward(attended, matrices["o"])
-        middle, self._rstd_a, normed, self._rstd_m = norm_add_norm(
-            self._a, x_ND, norms["attn_post_norm"], norms["mlp_norm"], eps
-        )
-        self._gate_up = self.gate_up.forward(normed, matrices["gate_up"])
-        wide = torch.empty(normed.shape[0], spec.mlp, dtype=x_ND.dtype)
-        self._activated = geglu(self._gate_up, wide)
-        self._d = self.down.forward(wide, matrices["down"])
-        y, self._rstd_d = rms_norm(self._d, norms["mlp_post_norm"], eps, residual=middle)
-        self._middle = middle
+        self._wanted = wanted
+        self._join(weights)
+        self._attend(x_ND, weights, hold=keep == Keep.ALL)
+        if keep < Keep.ALL:
+            self._heads = None
+        if keep < Keep.HEADS:
+            self._qkv = None
+        x = x_ND if wanted is None else x_ND.index_select(0, wanted)
+        y = torch.empty_like(x)
+        a, d = (torch.empty_like(x), torch.empty_like(x)) if keep in (Keep.NARROW, Keep.HEADS) else (None, None)
+        for index, at in enumerate(self._slices(x)):
+            chunk = self._pass_chunk(index, at, x[at], weights, a, d)
+            norm, eps = weights.norms["mlp_post_norm"], self.spec.norm_eps
+            self._rstd_d.append(rms_norm(chunk.d, norm, eps, residual=chunk.middle, out=y[at])[1])
+            if keep == Keep.ALL:
+                self._chunks.append(chunk)
+            del chunk
+        self._a, self._d = a, d
+        if keep == Keep.INPUT:
+            self._attended, self._kept = None, ()
         return y
 
-    def _everywhere(self, gradient: Tensor) -> Tensor:
-        """A gradient of the wanted positions, with zeros at all others."""
-        if self._wanted is None:
-            return gradient
-        whole = gradient.new_zeros(self._x.shape[0], gradient.shape[1])
-        return whole.index_copy_(0, self._wanted, gradient)
+    def export(self) -> list[Tensor]:
+        """Give away the large tensors that are held, to be put elsewhere until `restore` brings them back."""
+        held = {"_attended": self._attended, "_a": self._a, "_d": self._d, "_qkv": self._qkv}
+        given = {name: tensor for name, tensor in held.items() if tensor is not None}
+        for name in given:
+            setattr(self, name, None)
+        kept, self._kept = self._kept, ()
+        self._given, self._states = list(given), kept[1:]
+        return [*given.values(), *kept[:1]]
 
-    def backward(self, dy_ND: Tensor, weights: LayerWeights, blocks: Sequence[Block]) -> Tensor | None:
+    def restore(self, tensors: Sequence[Tensor]) -> None:
+        """Take back what `export` gave, or copies of it, in its order."""
+        for name, tensor in zip(self._given, tensors, strict=False):
+            setattr(self, name, tensor)
+        self._kept = (*tensors[len(self._given) :], *self._states)
+
+    def backward(self, dy: Tensor, x_ND: Tensor, weights: LayerWeights) -> Tensor | None:
         """The gradient of the layer's input [N, D] from that of its output ([M, D] where only those were wanted).
 
-        None for the first layer, below which nothing learns.
+        `x_ND` is the forward's input; `dy` is overwritten. None for the first layer, below which nothing learns.
         """
-        norms, matrices = weights.norms, weights.matrices
-        dd = rms_norm_backward(dy_ND, self._d, self._rstd_d, norms["mlp_post_norm"])
-        dwide = _needed(self.down.backward(dd, matrices["down"]))
-        dgate_up = torch.empty_like(self._gate_up)
-        geglu_backward(dwide, self._gate_up, self._activated, dgate_up)
-        dnormed = _needed(self.gate_up.backward(dgate_up, matrices["gate_up"]))
-        dmiddle = rms_norm_backward(dnormed, self._middle, self._rstd_m, norms["mlp_norm"], add=dy_ND)
-        da = rms_norm_backward(dmiddle, self._a, self._rstd_a, norms["attn_post_norm"])
-        dattended = self._everywhere(_needed(self.o.backward(da, matrices["o"]))).view(self._q.shape)
-        dq, dk, dv = attention_backward(dattended, self._q, self._k, self._v, blocks)
-        dqkv = torch.empty_like(self._qkv)
-        rstd = (self._rstd_qk[0], self._rstd_qk[1])
-        norm_rope_backward(dq, dk, dv, self._qkv, rstd, norms["q_norm"], norms["k_norm"], self.table, dqkv)
-        dnormed_x = self.qkv.backward(dqkv, matrices["qkv"], input_gradient=not self._first)
-        if dnormed_x is None:
-            return None
-        return rms_norm_backward(dnormed_x, self._x, self._rstd_x, norms["attn_norm"], add=self._everywhere(dmiddle))
+        self._join(weights)
+        self._attend(x_ND, weights, hold=False)
+        wanted = self._wanted
+        x, parts = x_ND if wanted is None else x_ND.index_select(0, wanted), []
+        for index, at in enumerate(self._slices(x)):
+            chunk = self._chunks.pop(0) if self._chunks else self._pass_chunk(index, at, x[at], weights)
+            parts.append(self._chunk_backward(index, chunk, dy[at], weights))
+            del chunk
+        dattended = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if wanted is not None:
+            dattended, dy = _everywhere(dattended, wanted, len(x_ND)), _everywhere(dy, wanted, len(x_ND))
+        dqkv = self._attention_backward(dattended, weights)
+        for index, at in enumerate(self._slices(x_ND)):
+            room, rstd = self._entries[index] if self._entries else self._enter(index, x_ND[at], weights)
+            dnormed = self._linears["qkv"].backward(
+                dqkv[at], weights.matrices["qkv"], room, index, input_gradient=not self._first
+            )
+            if dnormed is not None:
+                rms_norm_backward(dnormed, x_ND[at], rstd, weights.norms["attn_norm"], add=dy[at], out=dy[at])
+        return None if self._first else dy
+
+    def _join(self, weights: LayerWeights) -> None:
+        for group, linear in self._linears.items():
+            linear.join(weights.matrices[group])
+
+    def _slices(self, x: Tensor) -> list[slice]:
+        return [slice(at, min(at + self._chunk, len(x))) for at in range(0, len(x), self._chunk)]
+
+    def _enter(self, index: int, x: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
+        """The joint projection's input with its tail, and its rstd."""
+        room = self._linears["qkv"].room(x, *x.shape)
+        _, rstd = rms_norm(x, weights.norms["attn_norm"], self.spec.norm_eps, out=room[:, : x.shape[1]])
+        self._linears["qkv"].fill(room, index)
+        return room, rstd
+
+    def _attend(self, x: Tensor, weights: LayerWeights, *, hold: bool) -> None:
+        """Compute what is missing of the joint projection, the heads and the attention's output."""
+        spec, norms = self.spec, weights.norms
+        if self._qkv is None:
+            self._qkv = x.new_empty(len(x), weights.matrices["qkv"].shape[0])
+            for index, at in enumerate(self._slices(x)):
+                entry = self._enter(index, x[at], weights)
+                self._linears["qkv"].forward(entry[0], weights.matrices["qkv"], self._qkv[at])
+                if hold:
+                    self._entries.append(entry)
+        if self._heads is None:
+            shape = (spec.heads, spec.kv_heads, spec.norm_eps)
+            self._heads = norm_rope(self._qkv, norms["q_norm"], norms["k_norm"], self.table, *shape)
+        if self._attended is None:
+            out, self._kept = self.attention.forward(*self._qkv_heads())
+            self._attended = self._linears["o"].room(x, len(x), out[0].numel())
+            self._out().copy_(out)
+
+    def _qkv_heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, *_ = needed(self._heads)
+        return q, k, split_heads(needed(self._qkv), self.spec.heads, self.spec.kv_heads)[2]
+
+    def _out(self) -> Tensor:
+        """The attention's output [N, H, E] as a view."""
+        spec, attended = self.spec, needed(self._attended)
+        return torch.unflatten(attended[:, : spec.heads * spec.head_dim], 1, (spec.heads, spec.head_dim))
+
+    def _pass_chunk(
+        self, index: int, at: slice, x: Tensor, weights: LayerWeights, a: Tensor | None = None, d: Tensor | None = None
+    ) -> Chunk:
+        """Some tokens' way from the attention's output to the layer's; the two narrow products go to rows of a and d.
+
+        Where they are kept from an earlier visit they are not computed again.
+        """
+        linears, matrices, norms = self._linears, weights.matrices, weights.norms
+        whole, wanted = needed(self._attended), self._wanted
+        attended = whole[at] if wanted is None else whole.index_select(0, wanted[at])
+        if self._a is None or wanted is not None:
+            linears["o"].fill(attended, index)
+        if self._a is None:
+            rows = linears["o"].forward(attended, matrices["o"], torch.empty_like(x) if a is None else a[at])
+        else:
+            rows = self._a[at]
+        normed = linears["gate_up"].room(x, *x.shape)
+        middle, rstd_a, _, rstd = norm_add_norm(
+            rows, x, norms["attn_post_norm"], norms["mlp_norm"], self.spec.norm_eps, out=normed[:, : x.shape[1]]
+        )
+        linears["gate_up"].fill(normed, index)
+        gate_up = linears["gate_up"].forward(normed, matrices["gate_up"], x.new_empty(len(x), 2 * self.spec.mlp))
+        wide = linears["down"].room(x, len(x), self.spec.mlp)
+        activated = geglu(gate_up, wide[:, : self.spec.mlp])
+        linears["down"].fill(wide, index)
+        if self._d is None:
+            down = linears["down"].forward(wide, matrices["down"], torch.empty_like(x) if d is None else d[at])
+        else:
+            down = self._d[at]
+        return Chunk(attended, rows, middle, rstd_a, normed, rstd, gate_up, activated, wide, down)
+
+    def _chunk_backward(self, index: int, chunk: Chunk, dy: Tensor, weights: LayerWeights) -> Tensor:
+        """From the gradient of the layer's output to that of the attention's, returned, and of x past it, in `dy`."""
+        linears, matrices, norms = self._linears, weights.matrices, weights.norms
+        dd = rms_norm_backward(dy, chunk.d, self._rstd_d[index], norms["mlp_post_norm"])
+        dwide = needed(linears["down"].backward(dd, matrices["down"], chunk.wide, index))
+        geglu_backward(dwide, chunk.gate_up, chunk.activated, chunk.gate_up)
+        del dwide
+        dnormed = needed(linears["gate_up"].backward(chunk.gate_up, matrices["gate_up"], chunk.normed, index))
+        rms_norm_backward(dnormed, chunk.middle, chunk.rstd, norms["mlp_norm"], add=dy, out=dy)
+        da = rms_norm_backward(dy, chunk.a, chunk.rstd_a, norms["attn_post_norm"])
+        return needed(linears["o"].backward(da, matrices["o"], chunk.attended, index))
+
+    def _attention_backward(self, dattended: Tensor, weights: LayerWeights) -> Tensor:
+        """The gradient of the joint projection [N, (H + 2K) E]."""
+        (q, k, v), out, norms = self._qkv_heads(), self._out(), weights.norms
+        *_, rstd_q, rstd_k = needed(self._heads)
+        dq, dk, dv = self.attention.backward(torch.unflatten(dattended, 1, out.shape[1:]), q, k, v, out, self._kept)
+        qkv = needed(self._qkv)
+        return norm_rope_backward(
+            dq, dk, dv, qkv, (rstd_q, rstd_k), norms["q_norm"], norms["k_norm"], self.table, torch.empty_like(qkv)
+        )
 
 
-def packed_attention(blocks: Sequence[Block]) -> Attend:
-    """The `attend` of training: packed documents that never see each other."""
-    return lambda q, k, v: attention(q, k, v, blocks)
+def _everywhere(gradient: Tensor, wanted: Tensor, rows: int) -> Tensor:
+    """A gradient of the wanted positions, with zeros at all others."""
+    return gradient.new_zeros(rows, gradient.shape[1]).index_copy_(0, wanted, gradient)
 
 
-def _needed(gradient: Tensor | None) -> Tensor:
-    if gradient is None:
-        raise RuntimeError("a layer's inner gradient was not computed")
-    return gradient
+def needed(value: T | None) -> T:
+    """`value`, which the order of calls guarantees."""
+    if value is None:
+        raise RuntimeError("a layer was visited in the wrong order")
+    return value

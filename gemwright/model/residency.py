@@ -53,6 +53,9 @@ class Residency(Protocol):
     def embed(self, ids: Tensor) -> Tensor:
         """Scaled embeddings [N, hidden] of int64 `ids` [N]."""
 
+    def own_rows(self, ids: Tensor) -> Tensor:
+        """Rows of the tied head for int64 `ids` [N], fp32 [N, hidden]."""
+
 
 class UnpackedResidency:
     """Weights in ordinary RAM: as many layers as `budget_bytes` holds stay unpacked, the rest use the scratch.
@@ -114,6 +117,9 @@ class UnpackedResidency:
 
     def embed(self, ids: Tensor) -> Tensor:
         """See `Residency.embed`."""
+        return self.own_rows(ids).mul_(self.spec.hidden**0.5).to(self.dtype)
+
+    def own_rows(self, ids: Tensor) -> Tensor:
+        """See `Residency.own_rows`."""
         stored = self._file.tensors["embed"]
-        rows = unpack(stored.data.index_select(0, ids), stored.qtype)
-        return rows.mul_(self.spec.hidden**0.5).to(self.dtype)
+        return unpack(stored.data.index_select(0, ids), stored.qtype)

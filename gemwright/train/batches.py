@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from gemwright.data.read import read_examples
 from gemwright.errors import GemwrightError, InputError
-from gemwright.kernels.attention import Block
+from gemwright.kernels.attend import Attention
+from gemwright.kernels.heads import Table
 from gemwright.model.decoder import plan_attention, rope_tables
-from gemwright.model.layer import Table
 from gemwright.spec import PAD, ModelSpec
 from gemwright.text.chat import Message, TrainOn, encode_example
 
+CPU = torch.device("cpu")
 OPEN_ROWS = 32
 # Rows and their labels are filled up to few sizes: the CPU library compiles each new shape of a product.
 ROW_STEP, LABEL_STEP = 64, 32
@@ -36,14 +38,14 @@ class Row:
     """One micro-batch: documents one after another, filled up to a whole ROW_STEP by one more of PAD tokens.
 
     ids [N] int64; `at` [M] positions whose next token is a target, and those `targets` [M], filled up to a whole
-    LABEL_STEP by unlabelled positions with IGNORED; attention blocks and rotation tables as (local, global).
+    LABEL_STEP by unlabelled positions with IGNORED; attention and rotation tables as (local, global).
     `tokens` and `labelled` count without what was filled up.
     """
 
     ids: Tensor
     at: Tensor
     targets: Tensor
-    blocks: tuple[list[Block], list[Block]]
+    attention: tuple[Attention, Attention]
     tables: tuple[Table, Table]
     tokens: int
     labelled: int
@@ -91,10 +93,19 @@ def pack(examples: Sequence[Encoded], seq: int, seed: int, epoch: int) -> list[l
     return rows + [members for _, members in sorted(open_rows, key=lambda row: -row[0])]
 
 
-def make_row(spec: ModelSpec, documents: Sequence[Encoded]) -> Row:
-    """Lay documents end to end; positions begin at 0 in each, and no label crosses from one to the next."""
+def _rounded(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def make_row(
+    spec: ModelSpec, documents: Sequence[Encoded], device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> Row:
+    """Lay documents end to end; positions begin at 0 in each, and no label crosses from one to the next.
+
+    The tensors are on `device`, for a model computing in `dtype`.
+    """
     tokens = sum(len(d.ids) for d in documents)
-    fill = -tokens % ROW_STEP
+    fill = _rounded(tokens, ROW_STEP) - tokens
     if fill:
         documents = [*documents, Encoded([PAD] * fill, [False] * fill)]
     lengths = [len(d.ids) for d in documents]
@@ -102,28 +113,41 @@ def make_row(spec: ModelSpec, documents: Sequence[Encoded]) -> Row:
     learned = torch.tensor([flag for d in documents for flag in [*d.labelled[1:], False]])
     at, spare = learned.nonzero()[:, 0], (~learned).nonzero()[:, 0]
     targets = ids[at + 1]
-    spare = spare[: -len(at) % LABEL_STEP]
+    spare = spare[: max(LABEL_STEP, _rounded(len(at), LABEL_STEP)) - len(at)]
     positions = torch.cat([torch.arange(n) for n in lengths])
+    at, padded = torch.cat([at, spare]), torch.cat([targets, torch.full_like(spare, IGNORED)])
     return Row(
-        ids,
-        torch.cat([at, spare]),
-        torch.cat([targets, torch.full_like(spare, IGNORED)]),
-        plan_attention(spec, lengths),
-        rope_tables(spec, positions),
+        ids.to(device),
+        at.to(device),
+        padded.to(device),
+        plan_attention(spec, lengths, device, dtype),
+        rope_tables(spec, positions.to(device)),
         tokens,
         len(targets),
     )
 
 
 def steps(
-    spec: ModelSpec, examples: Sequence[Encoded], seq: int, rows_per_step: int, seed: int
+    spec: ModelSpec,
+    examples: Sequence[Encoded],
+    seq: int,
+    rows_per_step: int,
+    seed: int,
+    *,
+    joined: int = 1,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[float, list[Row]]]:
-    """Endless steps of up to `rows_per_step` rows, each with the epochs passed after it; none spans two epochs."""
+    """Endless steps of up to `rows_per_step` rows, each with the epochs passed after it; none spans two epochs.
+
+    Up to `joined` packed rows make one micro-batch: documents do not see each other, so only speed and memory change.
+    """
     epoch = 0
     while True:
         rows = pack(examples, seq, seed, epoch)
         for start in range(0, len(rows), rows_per_step):
             chosen = rows[start : start + rows_per_step]
             passed = epoch + (start + len(chosen)) / len(rows)
-            yield passed, [make_row(spec, [examples[i] for i in members]) for members in chosen]
+            together = [list(chain(*chosen[i : i + joined])) for i in range(0, len(chosen), joined)]
+            yield passed, [make_row(spec, [examples[i] for i in members], device, dtype) for members in together]
         epoch += 1

@@ -15,6 +15,7 @@ import torch
 
 from gemwright.errors import InputError, MachineError
 from gemwright.model.decoder import Gemma
+from gemwright.model.layer import Keep
 from gemwright.model.lora import LoRA
 from gemwright.model.precision import choose_dtype
 from gemwright.model.residency import UnpackedResidency
@@ -25,7 +26,7 @@ from gemwright.train.config import TrainConfig
 from gemwright.train.memory import activation_bytes, keep_freed_memory, peak_rss_bytes, rss_bytes, spare_bytes
 from gemwright.train.optimizer import PATIENCE, Optimizer, learning_rate
 from gemwright.train.plot import plot_loss
-from gemwright.train.step import forward_backward
+from gemwright.train.step import Work, forward_backward
 from gemwright.weights.gguf_writer import write_gguf_lora
 from gemwright.weights.model_file import ModelFile, open_model
 from gemwright.weights.peft_files import write_peft_adapter
@@ -119,11 +120,12 @@ def _train(
     activations = activation_bytes(file.spec, config.seq * config.rows_per_step, dtype.itemsize)
     recompute = config.recompute == "always" or (config.recompute == "auto" and activations > spare // 2)
     model = Gemma(UnpackedResidency(file, dtype, spare - (0 if recompute else activations)), lora)
+    work = Work(Keep.INPUT if recompute else Keep.ALL)
     optimizer = Optimizer(lora, config.weight_decay, config.clip)
     rows_an_epoch = len(pack(examples, config.seq, config.seed, 0))
     planned = math.ceil(config.epochs * math.ceil(rows_an_epoch / config.rows_per_step))
     total = config.max_steps or planned
-    batches = steps(file.spec, examples, config.seq, config.rows_per_step, config.seed)
+    batches = steps(file.spec, examples, config.seq, config.rows_per_step, config.seed, dtype=dtype)
     losses: list[float] = []
     recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
     steady_tokens, steady_s = 0, 0.0
@@ -132,19 +134,20 @@ def _train(
         for step, (epoch, rows) in enumerate(itertools.islice(batches, total)):
             start = time.perf_counter()
             rate = learning_rate(step, total, config.lr, config.warmup)
-            done = forward_backward(model, rows, recompute=recompute, seed=config.seed + step)
-            norm = optimizer.update(rate, done.loss)
+            done = forward_backward(model, rows, work, seed=config.seed + step)
+            loss = done.loss
+            norm = optimizer.update(rate, loss)
             step_s = time.perf_counter() - start
             recent.append((done.tokens, step_s))
             if step:  # the first step also unpacks what is kept unpacked
                 steady_tokens, steady_s = steady_tokens + done.tokens, steady_s + step_s
-            losses.append(done.loss)
+            losses.append(loss)
             speed = sum(t for t, _ in recent) / sum(s for _, s in recent)
-            row = {"step": step + 1, "epoch": epoch, "loss": done.loss, "lr": rate, "grad_norm": norm}
+            row = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": norm}
             row |= {"tokens": done.tokens, "labelled": done.labelled, "step_s": step_s, "tokens_per_s": speed}
             run.log(row | {"rss_bytes": rss_bytes(), "skipped": optimizer.skipped_in_a_row > 0})
             eta_s = (total - step - 1) * sum(s for _, s in recent) / len(recent)
-            report(Progress("training", step + 1, total, done.loss, rate, speed, eta_s, rss_bytes()))
+            report(Progress("training", step + 1, total, loss, rate, speed, eta_s, rss_bytes()))
             if optimizer.skipped_in_a_row == PATIENCE:
                 break
     except KeyboardInterrupt:

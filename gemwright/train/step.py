@@ -12,79 +12,113 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemwright.kernels.cross_entropy import linear_cross_entropy
-from gemwright.kernels.norm import rms_norm, rms_norm_backward
+from gemwright.kernels.cross_entropy import ROWS, linear_cross_entropy
+from gemwright.kernels.dispatch import rms_norm, rms_norm_backward, softmax_chunk
+from gemwright.model.activations import Activations, OnDevice
 from gemwright.model.decoder import Gemma
-from gemwright.model.layer import LayerPass, packed_attention
-from gemwright.model.residency import LayerWeights
+from gemwright.model.layer import Keep, LayerPass
 from gemwright.train.batches import Row
 
-HEAD_POSITIONS = 1024
+
+@dataclass(frozen=True)
+class Work:
+    """How a step's work is laid out; it changes time and memory, and results by no more than rounding.
+
+    `keep` says what each layer's forward leaves (one for all, or one a layer), `chunk` how many tokens pass what is
+    wide in a layer at once, `positions` and `head_rows` how large a piece of the logits exists at once.
+    """
+
+    keep: Sequence[Keep] | Keep = Keep.ALL
+    chunk: int = 1 << 30
+    positions: int = 1024
+    head_rows: int = ROWS
+
+    def kept(self, layer: int) -> Keep:
+        """What layer `layer` keeps."""
+        return self.keep if isinstance(self.keep, Keep) else self.keep[layer]
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Mean negative log-likelihood in nats over the `labelled` targets of a step of `tokens` tokens."""
+    """A step of `tokens` tokens with `labelled` targets; `nll` is the sum of their losses, where it was computed."""
 
-    loss: float
+    nll: Tensor
     labelled: int
     tokens: int
 
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood in nats a target; waits for the device."""
+        return float(self.nll) / self.labelled
+
+
+DEFAULT = Work()
+
 
 @torch.inference_mode()
-def forward_backward(model: Gemma, rows: Sequence[Row], *, recompute: bool, seed: int = 0) -> StepLoss:
+def forward_backward(
+    model: Gemma, rows: Sequence[Row], work: Work = DEFAULT, store: Activations | None = None, *, seed: int = 0
+) -> StepLoss:
     """Add to `model.lora.grad` the gradient of the mean loss over all labelled tokens of the step.
 
-    With `recompute` only layer inputs are kept and each layer's forward runs again in the backward, with the same
-    dropout. `seed` drives dropout alone.
+    What a layer does not keep is computed again in the backward, with the same dropout; `seed` drives dropout alone.
     """
     spec, residency, lora = model.spec, model.residency, model.lora
+    store = OnDevice() if store is None else store
+    labelled = sum(row.labelled for row in rows)
     states = [residency.embed(row.ids) for row in rows]
-    inputs: list[list[Tensor]] = []
-    passes: list[list[LayerPass]] = []
-
-    def visit(layer: int, r: int, x: Tensor, weights: LayerWeights) -> tuple[LayerPass, Tensor]:
-        row, whole = rows[r], spec.is_global(layer)
-        layer_pass = LayerPass(spec, layer, row.tables[whole], lora, (seed * spec.layers + layer) * len(rows) + r)
-        wanted = row.at if layer == spec.layers - 1 else None
-        return layer_pass, layer_pass.forward(x, weights, packed_attention(row.blocks[whole]), wanted)
+    visits: list[list[LayerPass]] = []
 
     for layer in range(spec.layers):
-        weights = residency.layer(layer)
-        inputs.append(states)
-        visits = [visit(layer, r, x, weights) for r, x in enumerate(states)]
-        states = [y for _, y in visits]
-        passes.append([] if recompute else [layer_pass for layer_pass, _ in visits])
+        weights, whole, above = residency.layer(layer), spec.is_global(layer), []
+        wanted_here = layer == spec.layers - 1
+        visits.append([])
+        for r, row in enumerate(rows):
+            number = (seed * spec.layers + layer) * len(rows) + r
+            visit = LayerPass(spec, layer, row.tables[whole], row.attention[whole], lora, seed=number, chunk=work.chunk)
+            x = states[r]
+            above.append(visit.forward(x, weights, row.at if wanted_here else None, work.kept(layer)))
+            store.put(layer, r, x, visit)
+            visits[layer].append(visit)
+            states[r] = above[r]
+            del x
         residency.release(layer)
 
-    labelled = sum(row.labelled for row in rows)
-    total, gradients = 0.0, []
-    for x, row in zip(states, rows, strict=True):
-        nll, dx = _head(model, x, row.targets, 1.0 / labelled)
-        total += nll
-        gradients.append(dx)
+    store.fetch(spec.layers - 1)
+    nll, gradients = torch.zeros((), device=states[0].device), []
+    for r, row in enumerate(rows):
+        gradients.append(_head(model, states[r], row.targets, 1.0 / labelled, work, nll))
+        states[r] = gradients[r]
+    del states, above
 
     for layer in reversed(range(spec.layers)):
-        weights, below = residency.layer(layer), []
-        for r, row in enumerate(rows):
-            layer_pass = visit(layer, r, inputs[layer][r], weights)[0] if recompute else passes[layer][r]
-            dx_below = layer_pass.backward(gradients[r], weights, row.blocks[spec.is_global(layer)])
-            if dx_below is not None:
-                below.append(dx_below)
-        gradients, inputs[layer], passes[layer] = below, [], []
+        weights = residency.layer(layer)
+        store.fetch(layer - 1)
+        for r in range(len(rows)):
+            visit = visits[layer][r]
+            x = store.take(layer, r, visit)
+            dx = visit.backward(gradients[r], x, weights)
+            if dx is not None:
+                gradients[r] = dx
+            del x, dx, visit
+        visits[layer] = []
         residency.release(layer)
-    return StepLoss(total / labelled, labelled, sum(row.tokens for row in rows))
+    return StepLoss(nll, labelled, sum(row.tokens for row in rows))
 
 
-def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float) -> tuple[float, Tensor]:
-    """Summed nll of a row's targets, and the gradient of `weight` times it with respect to x [M, D]."""
+def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float, work: Work, nll: Tensor) -> Tensor:
+    """The gradient of `weight` times a row's summed loss with respect to x [M, D]; the sum is added to `nll`."""
     residency, eps = model.residency, model.spec.norm_eps
-    total, gradients = 0.0, []
-    for x, target in zip(torch.split(x_MD, HEAD_POSITIONS), torch.split(target_M, HEAD_POSITIONS), strict=True):
+    gradient = torch.empty_like(x_MD)
+    own = None if x_MD.device.type == "cpu" else residency.own_rows
+    pieces = (torch.split(x, work.positions) for x in (x_MD, target_M, gradient))
+    for x, target, dx in zip(*pieces, strict=True):
         h, rstd = rms_norm(x, residency.final_norm, eps)
-        nll, dh = linear_cross_entropy(h, residency.head_rows, residency.vocab, target)
+        each, dh = linear_cross_entropy(
+            h, residency.head_rows, residency.vocab, target, own=own, chunk=work.head_rows, softmax=softmax_chunk
+        )
         if dh is None:
             raise RuntimeError("the head gave no gradient")
-        gradients.append(rms_norm_backward(dh.mul_(weight), x, rstd, residency.final_norm))
-        total += float(nll.sum())
-    return total, torch.cat(gradients)
+        rms_norm_backward(dh.mul_(weight), x, rstd, residency.final_norm, out=dx)
+        nll.add_(each.sum())
+    return gradient

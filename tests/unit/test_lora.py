@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gemwright.errors import InputError
-from gemwright.model.lora import LinearPass, LoRA, lora_from_pairs
+from gemwright.model.lora import Linear, LoRA, lora_from_pairs
 from gemwright.model.residency import GROUPS
 from gemwright.spec import LINEARS, SPECS
 
@@ -22,6 +22,13 @@ def new(targets: tuple[str, ...] = LINEARS, dropout: float = 0.0, dtype: torch.d
     lora.master.normal_(generator=torch.Generator().manual_seed(1))
     lora.refresh()
     return lora
+
+
+def filled(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    room = linear.room(x, *x.shape)
+    room[:, : x.shape[1]] = x
+    linear.fill(room)
+    return room
 
 
 def test_a_new_adapter_changes_nothing_and_starts_as_peft_does() -> None:
@@ -52,31 +59,39 @@ def test_a_group_is_its_linears_side_by_side(group: str, targets: tuple[str, ...
         pieces.append(y)
     right = torch.cat(pieces, 1)
     right.backward(dy)
-    linear = LinearPass(lora, 1, group, None)
-    torch.testing.assert_close(linear.forward(x.detach(), weight), right)
-    torch.testing.assert_close(linear.backward(dy, weight), x.grad, rtol=1e-5, atol=1e-4)
-    for name, (a, b) in lora.pairs().items():
-        for view, leaf in zip((a, b), leaves[name], strict=True):
-            got = lora.grad[view.storage_offset() :][: view.numel()].view(view.shape)
-            torch.testing.assert_close(got, torch.zeros_like(got) if leaf.grad is None else leaf.grad)
+    linear = Linear(lora, 1, group)
+    for joined in (False, True):
+        lora.grad.zero_()
+        used = weight
+        if joined:
+            used = torch.full((len(weight), weight.shape[1] + lora.tails()[group]), torch.nan)
+            used[:, : weight.shape[1]] = weight
+            linear.join(used)
+        room = filled(linear, x.detach())
+        torch.testing.assert_close(linear.forward(room, used, torch.empty_like(right)), right)
+        torch.testing.assert_close(linear.backward(dy, used, room), x.grad, rtol=1e-5, atol=1e-4)
+        for name, gradients in lora.gradients().items():
+            for got, leaf in zip(gradients, leaves[name], strict=True):
+                torch.testing.assert_close(got, torch.zeros_like(got) if leaf.grad is None else leaf.grad)
 
 
 def test_without_adapters_a_linear_is_a_product() -> None:
     x, weight = torch.randn(5, 12), torch.randn(12, 12)
-    linear = LinearPass(None, 0, "o", None)
-    assert torch.equal(linear.forward(x, weight), x @ weight.t()) and torch.equal(
-        linear.backward(x, weight), x @ weight
-    )
+    linear = Linear(None, 0, "o")
+    room = filled(linear, x)
+    assert torch.equal(linear.forward(room, weight, torch.empty(5, 12)), x @ weight.t())
+    assert torch.equal(linear.backward(x, weight, room), x @ weight)
 
 
 def test_dropout_has_the_same_mask_forward_and_backward() -> None:
     lora, x = new(dropout=0.5), torch.randn(64, 8)
     weight = torch.zeros(12, 8)
-    linear = LinearPass(lora, 0, "o", torch.Generator().manual_seed(5))
-    y = linear.forward(x, weight)
+    linear = Linear(lora, 0, "o", seed=5)
+    room = filled(linear, x)
+    y = linear.forward(room, weight, torch.empty(64, 12))
     # With W = 0 the output is linear in the dropped-out x, so <dy, y> = <dx, x> only under one mask.
     dy = torch.randn(64, 12)
-    dx = linear.backward(dy, weight)
+    dx = linear.backward(dy, weight, room)
     assert dx is not None
     torch.testing.assert_close((dx * x).sum(), (dy * y).sum(), rtol=1e-4, atol=1e-3)
     a = lora.pairs()["0.o"][0]
@@ -91,7 +106,7 @@ def test_bf16_copies_follow_fp32_masters() -> None:
     lora.master.add_(1e-6)
     before = lora.master.clone()
     lora.refresh()
-    assert torch.equal(lora.master, before) and torch.equal(group.a, lora.pairs()["0.q"][0].to(torch.bfloat16))
+    assert torch.equal(lora.master, before) and torch.equal(group.a[:RANK], lora.pairs()["0.q"][0].to(torch.bfloat16))
 
 
 def test_round_trip_through_pairs() -> None:

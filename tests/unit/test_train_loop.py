@@ -142,7 +142,7 @@ def break_from(monkeypatch: pytest.MonkeyPatch, first: int, last: float = math.i
     def broken(*args: Any, **kwargs: Any) -> StepLoss:
         done = whole(*args, **kwargs)
         bad = first <= next(calls) <= last
-        return replace(done, loss=math.nan) if bad else done
+        return replace(done, nll=torch.tensor(math.nan)) if bad else done
 
     monkeypatch.setattr(loop, "forward_backward", broken)
 

@@ -1,0 +1,211 @@
+"""Packed weights that stream through a ring of GPU buffers, some or all of them resident; the scratch is reused.
+
+A layer is unpacked from its slot (or its resident copy) into one bf16 scratch as soon as it is asked for; the slot is
+then free for a layer ahead. Order on the device's stream keeps the scratch valid until the next layer is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gemwright.kernels.dispatch import has_triton
+from gemwright.model.residency import GROUPS, LayerWeights
+from gemwright.model.sources import LayerBytes, Source, SourceKind, open_source
+from gemwright.weights import quants
+from gemwright.weights.model_file import ModelFile
+
+_EMBED_ROWS = 8192
+
+
+def unpack(raw: Tensor, qtype: str, out: Tensor) -> Tensor:
+    """Write the values of `raw` to `out` [rows, cols], whose rows may have a longer pitch."""
+    if raw.is_cuda and has_triton(raw.device) and qtype not in ("F32", "F16", "BF16"):
+        from gemwright.kernels import triton_unpack
+
+        return triton_unpack.unpack(raw, qtype, out)
+    if out.is_contiguous():
+        return quants.unpack(raw, qtype, out=out)
+    return out.copy_(quants.unpack(raw, qtype, out.dtype))
+
+
+def spread(count: int, of: int) -> list[int]:
+    """`count` of the indices 0..of-1, evenly spaced: where resident layers give the link the most time to catch up."""
+    return sorted({(2 * i + 1) * of // (2 * count) for i in range(count)}) if count else []
+
+
+class StreamedResidency:
+    """A `Residency` on a GPU for steps that visit all layers up and then down again.
+
+    `resident` layers stay packed on the device, others pass through `slots` buffers. `tails[group]` columns are left
+    free at the right of each matrix for the adapters (see `model.lora.Linear`).
+    """
+
+    def __init__(
+        self,
+        file: ModelFile,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        tails: Mapping[str, int] | None = None,
+        resident: Collection[int] = (),
+        slots: int = 2,
+        source: SourceKind = "auto",
+        head_rows: int = 8192,
+    ) -> None:
+        self.spec, self.dtype, self.device, self._file = file.spec, dtype, device, file
+        self.vocab, self.head_chunk = self.spec.vocab, head_rows
+        self.final_norm = file.norm("final_norm").to(device)
+        self._norms = [self._layer_norms(i) for i in range(self.spec.layers)]
+        self._layers = [LayerBytes(file, i) for i in range(self.spec.layers)]
+        self.streamed = [i for i in range(self.spec.layers) if i not in resident]
+        self._embed = file.tensors["embed"].data.to(device)
+        self._scratch = self._new_matrices(tails or {})
+        self._head = torch.empty(head_rows, self.spec.hidden, dtype=dtype, device=device)
+        self._unpacked: int | None = None
+        self._source: Source | None = open_source(self._layers, source, device) if self.streamed else None
+        largest = max((self._layers[i].size for i in self.streamed), default=0)
+        count = min(slots, len(self.streamed))
+        self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._free = [self._event() for _ in self._slots]
+        self._holds: dict[int, int] = {}  # layer -> slot
+        self._arrivals: dict[int, Callable[[], torch.cuda.Event]] = {}
+        self._resident = {i: self._bring(i) for i in sorted(resident)}
+        order = [*range(self.spec.layers), *reversed(range(self.spec.layers))]
+        self._order, self._at = order, 0
+        self._wanted = [self._ahead(at, order, count) for at in range(len(order))]
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._prefetch(self._ahead(-1, order, count))
+
+    @property
+    def source_kind(self) -> str:
+        """How the streamed layers lie in host memory, or "none"."""
+        return self._source.kind if self._source else "none"
+
+    def layer_bytes(self, index: int) -> int:
+        """Packed size of a layer."""
+        return self._layers[index].size
+
+    def layer(self, index: int) -> LayerWeights:
+        """See `Residency.layer`."""
+        at = self._find(index)
+        if self._unpacked != index:
+            packed = self._resident.get(index)
+            slot = None if packed is not None else self._arrived(index)
+            self._unpack(index, packed if packed is not None else self._slots[self._holds[index]])
+            if slot is not None:
+                self._free[slot] = self._event()
+        self._prefetch(self._wanted[at])
+        return LayerWeights(self._scratch, self._norms[index])
+
+    def release(self, index: int) -> None:
+        """See `Residency.release`; the stream's order does the rest."""
+
+    def head_rows(self, start: int, stop: int) -> Tensor:
+        """See `Residency.head_rows`; at most `head_chunk` rows at once."""
+        stored = self._file.tensors["embed"]
+        return unpack(self._embed[start:stop], stored.qtype, self._head[: stop - start])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See `Residency.embed`."""
+        out = torch.empty(len(ids), self.spec.hidden, dtype=self.dtype, device=self.device)
+        for part, rows in zip(torch.split(ids, _EMBED_ROWS), torch.split(out, _EMBED_ROWS), strict=True):
+            rows.copy_(self.own_rows(part).mul_(self.spec.hidden**0.5))
+        return out
+
+    def own_rows(self, ids: Tensor) -> Tensor:
+        """Rows of the tied head for `ids` [N], fp32 [N, hidden]."""
+        out = torch.empty(len(ids), self.spec.hidden, dtype=torch.float32, device=self.device)
+        return unpack(self._embed.index_select(0, ids), self._file.tensors["embed"].qtype, out)
+
+    def waited_s(self) -> float:
+        """Seconds that the computation waited for weights since the last call; the device must be idle."""
+        waits, self._waits = self._waits, []
+        return float(sum(before.elapsed_time(after) for before, after in waits)) / 1000
+
+    def close(self) -> None:
+        """Unlock host memory."""
+        if self._source:
+            self._source.close()
+
+    def _layer_norms(self, index: int) -> dict[str, Tensor]:
+        norms = {name: self._file.norm(f"{index}.{name}") for name in self.spec.norm_shapes}
+        norms["q_norm"] = norms["q_norm"] * self.spec.query_scalar**-0.5
+        return {name: norm.to(self.device) for name, norm in norms.items()}
+
+    def _new_matrices(self, tails: Mapping[str, int]) -> dict[str, Tensor]:
+        shapes, made = self.spec.linear_shapes, {}
+        for group, parts in GROUPS.items():
+            rows, cols = sum(shapes[p][0] for p in parts), shapes[parts[0]][1] + tails.get(group, 0)
+            made[group] = torch.empty(rows, cols, dtype=self.dtype, device=self.device)
+        return made
+
+    def _bring(self, index: int) -> Tensor:
+        layer = torch.empty(self._layers[index].size, dtype=torch.uint8, device=self.device)
+        if self._source is not None:
+            self._source.copy(index, layer, self._event())().synchronize()
+        else:
+            for run, at in self._layers[index].runs:
+                layer[at : at + run.numel()].copy_(run)
+        return layer
+
+    def _unpack(self, index: int, packed: Tensor) -> None:
+        shapes, pieces = self.spec.linear_shapes, {piece.part: piece for piece in self._layers[index].pieces}
+        for group, parts in GROUPS.items():
+            row = 0
+            for part in parts:
+                rows, cols = shapes[part]
+                unpack(pieces[part].of(packed), pieces[part].qtype, self._scratch[group][row : row + rows, :cols])
+                row += rows
+        self._unpacked = index
+
+    def _event(self) -> torch.cuda.Event:
+        event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
+        return event
+
+    def _find(self, index: int) -> int:
+        """The place in the order of visits; a caller that begins anew is followed."""
+        size = len(self._order)
+        at = next((a % size for a in range(self._at, self._at + size) if self._order[a % size] == index), 0)
+        self._at = (at + 1) % size
+        return at
+
+    def _ahead(self, at: int, order: Sequence[int], count: int) -> list[int]:
+        """The next `count` layers to stream after place `at`, soonest first; at a turn the scratch has the layer."""
+        found: list[int] = []
+        for step in range(1, len(order)):
+            layer = order[(at + step) % len(order)]
+            if layer in self.streamed and layer not in found and not (at >= 0 and layer == order[at] and step == 1):
+                found.append(layer)
+            if len(found) == count:
+                break
+        return found
+
+    def _prefetch(self, wanted: Sequence[int]) -> None:
+        for layer in wanted:
+            if layer in self._holds:
+                continue
+            taken = {slot: held for held, slot in self._holds.items()}
+            slot = next((s for s in range(len(self._slots)) if taken.get(s) not in wanted), None)
+            if slot is None or self._source is None:
+                return
+            self._holds.pop(taken.get(slot, -1), None)
+            self._arrivals.pop(taken.get(slot, -1), None)
+            self._holds[layer] = slot
+            self._arrivals[layer] = self._source.copy(layer, self._slots[slot], self._free[slot])
+
+    def _arrived(self, index: int) -> int:
+        """Have the stream wait for a layer's copy; its slot."""
+        if index not in self._holds:
+            self._prefetch([index])
+        arrival = self._arrivals.pop(index, None)
+        if arrival is not None:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            now = torch.cuda.current_stream(self.device)
+            before.record(now)
+            now.wait_event(arrival())
+            after.record(now)
+            self._waits.append((before, after))
+        return self._holds[index]
