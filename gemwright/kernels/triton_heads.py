@@ -21,20 +21,31 @@ def head_launch(size: int) -> tuple[int, int, int]:
 
 
 @triton.jit
+def _tile(group, COUNT: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """(head [HEADS, 1], e [HEADS, HALF], its mask, that of the tile).
+
+    e is as large as the tile, so that weights and angles get the heads' layout; one row of them would force its own.
+    """
+    head = group * HEADS + tl.arange(0, HEADS)[:, None]
+    e = tl.broadcast_to(tl.arange(0, HALF)[None, :], (HEADS, HALF))
+    return head, e, e < SIZE // 2, (head < COUNT) & (e < SIZE // 2)
+
+
+@triton.jit
 def _rotate(
     x, weight, cos, sin, out, rstd, group, eps,
     COUNT: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate the heads of `group` among COUNT of one token; x and out point to the first of them."""
-    head, e = group * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    head, e, inside, mask = _tile(group, COUNT, SIZE, HEADS, HALF)
     half: tl.constexpr = SIZE // 2
-    at, mask = head * SIZE + e, (head < COUNT) & (e < half)
+    at = head * SIZE + e
     low = tl.load(x + at, mask, other=0.0).to(tl.float32)
     high = tl.load(x + half + at, mask, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(low * low + high * high, 1, keep_dims=True) / SIZE + eps)
-    low *= r * tl.load(weight + e, e < half, other=0.0)
-    high *= r * tl.load(weight + half + e, e < half, other=0.0)
-    c, s = tl.load(cos + e, e < half, other=0.0), tl.load(sin + e, e < half, other=0.0)
+    low *= r * tl.load(weight + e, inside, other=0.0)
+    high *= r * tl.load(weight + half + e, inside, other=0.0)
+    c, s = tl.load(cos + e, inside, other=0.0), tl.load(sin + e, inside, other=0.0)
     tl.store(out + at, (low * c - high * s).to(out.dtype.element_ty), mask)
     tl.store(out + half + at, (high * c + low * s).to(out.dtype.element_ty), mask)
     tl.store(rstd + head, r, head < COUNT)
@@ -85,18 +96,18 @@ def _unrotate(
     COUNT: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `_rotate` from d (heads `head_pitch` apart); with COPY, d itself."""
-    head, e = group * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    head, e, inside, mask = _tile(group, COUNT, SIZE, HEADS, HALF)
     half: tl.constexpr = SIZE // 2
-    at, mask = head * SIZE + e, (head < COUNT) & (e < half)
+    at = head * SIZE + e
     low = tl.load(d + head * head_pitch + e, mask, other=0.0).to(tl.float32)
     high = tl.load(d + half + head * head_pitch + e, mask, other=0.0).to(tl.float32)
     if not COPY:
-        c, s = tl.load(cos + e, e < half, other=0.0), tl.load(sin + e, e < half, other=0.0)
+        c, s = tl.load(cos + e, inside, other=0.0), tl.load(sin + e, inside, other=0.0)
         x_low = tl.load(x + at, mask, other=0.0).to(tl.float32)
         x_high = tl.load(x + half + at, mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + head, head < COUNT, other=0.0)
-        g_low = (low * c + high * s) * tl.load(weight + e, e < half, other=0.0)
-        g_high = (high * c - low * s) * tl.load(weight + half + e, e < half, other=0.0)
+        g_low = (low * c + high * s) * tl.load(weight + e, inside, other=0.0)
+        g_high = (high * c - low * s) * tl.load(weight + half + e, inside, other=0.0)
         inner = tl.sum(g_low * x_low + g_high * x_high, 1, keep_dims=True) * (r * r * r) / SIZE
         low, high = g_low * r - x_low * inner, g_high * r - x_high * inner
     tl.store(out + at, low.to(out.dtype.element_ty), mask)

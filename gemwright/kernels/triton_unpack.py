@@ -14,27 +14,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-VALUES, WARPS = 4096, 4  # a program: 32 values a thread
+VALUES = 2048  # a program: more would make threads share what they load, through shared memory
 
 
 @dataclass(frozen=True)
 class Format:
-    """A block of `values` in `size` bytes, computed as `pieces` rows of a tile."""
+    """A block of `values` in `size` bytes, computed as `pieces` rows of a tile; a thread has 8 columns of one row."""
 
     values: int
     size: int
     pieces: int
+    warps: int
 
 
 FORMATS = {
-    "Q4_0": Format(32, 18, 1),
-    "Q4_1": Format(32, 20, 1),
-    "Q5_0": Format(32, 22, 1),
-    "Q5_1": Format(32, 24, 1),
-    "Q8_0": Format(32, 34, 1),
-    "Q4_K": Format(256, 144, 4),
-    "Q5_K": Format(256, 176, 4),
-    "Q6_K": Format(256, 210, 4),
+    "Q4_0": Format(32, 18, 1, 4),
+    "Q4_1": Format(32, 20, 1, 4),
+    "Q5_0": Format(32, 22, 1, 4),
+    "Q5_1": Format(32, 24, 1, 4),
+    "Q8_0": Format(32, 34, 1, 8),
+    "Q4_K": Format(256, 144, 4, 4),
+    "Q5_K": Format(256, 176, 4, 4),
+    "Q6_K": Format(256, 210, 4, 2),
 }
 
 
@@ -174,6 +175,6 @@ def unpack(raw: Tensor, qtype: str, out: Tensor) -> Tensor:
     step = VALUES // form.values
     _unpack_kernel[(triton.cdiv(rows * per_row, step),)](
         raw, out, rows * per_row, per_row, pitch, QTYPE=qtype, VALUES=form.values, SIZE=form.size, PIECES=form.pieces,
-        TILE=step * form.pieces, FLAT=pitch == cols or rows == 1, num_warps=WARPS,
+        TILE=step * form.pieces, FLAT=pitch == cols or rows == 1, num_warps=form.warps,
     )  # fmt: skip
     return out
