@@ -28,8 +28,13 @@ def touch(buffer: Tensor) -> None:
 
 def in_pieces(buffer: Tensor, work: Callable[[Tensor], object]) -> None:
     """Call `work(piece)` for all pieces of a buffer, side by side."""
+
+    def quietly(piece: Tensor) -> None:
+        with torch.inference_mode():
+            work(piece)
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(work, torch.split(buffer, _PIECE)))
+        list(pool.map(quietly, torch.split(buffer, _PIECE)))
 
 
 def lock(buffer: Tensor, *, read_only: bool = False) -> bool:
@@ -47,8 +52,8 @@ def unlock(buffer: Tensor) -> None:
 
 
 def _forget_error() -> None:
-    """A refused call leaves its error behind, and the next launch would report it as its own."""
+    """A refused call leaves its error behind, and the next launch, this one, would report it as its own."""
     try:
-        torch.zeros(1, device="cuda")
+        torch.ones(1, device="cuda")
     except RuntimeError:
         return
