@@ -268,9 +268,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     small_q, small_k, *_ = triton_ops.norm_rope(qkv[-last:].clone(), *weights, end, 32, 16, EPS)
     assert torch.equal(q[-last:], small_q) and torch.equal(k[-last:], small_k)
     small = qkv[-last:].clone()
-    out = triton_ops.norm_rope_backward(
-        q, k, k, qkv, (rstds[0], rstds[1]), *weights, table, torch.empty_like(qkv)
-    )
+    out = triton_ops.norm_rope_backward(q, k, k, qkv, (rstds[0], rstds[1]), *weights, table, torch.empty_like(qkv))
     ends = (rstds[0][-last:], rstds[1][-last:])
     few = triton_ops.norm_rope_backward(
         q[-last:], k[-last:], k[-last:], small, ends, *weights, end, torch.empty_like(small)

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed: it exists for Linux on x86-64")
+pytest.importorskip("triton", reason="triton is not installed: it exists for Linux on x86-64")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
