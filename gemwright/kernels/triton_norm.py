@@ -21,9 +21,12 @@ def row_launch(width: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _row_tile(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(row int64 [ROWS, 1], its mask, column [1, BLOCK], mask of the tile)."""
+    """(row int64 [ROWS, 1], its mask, column [ROWS, BLOCK], mask of the tile).
+
+    The column is as large as the tile, so that weights get the rows' layout; one row of them would force its own.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
+    col = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (ROWS, BLOCK))
     return row, row < rows, col, (row < rows) & (col < width)
 
 

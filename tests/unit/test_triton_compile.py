@@ -148,7 +148,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     noted: list[Launch] = []
     for name, (module, kernel) in kernels().items():
         monkeypatch.setattr(module, name, Recorder(kernel, noted))
-    run_rows(5376, 21504)
+    for width, mlp in ((5376, 21504), (640, 2048)):  # one row a program, several rows a program
+        run_rows(width, mlp)
     run_heads(32, 16, 128)
     run_heads(8, 4, 256)
     for dtype, width in ((torch.bfloat16, 16384), (torch.float32, 16384), (torch.bfloat16, 4096)):
