@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed: it exists for Linux on x86-64")
+pytest.importorskip("triton", reason="triton is not installed: it exists for Linux on x86-64")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -147,7 +148,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     noted: list[Launch] = []
     for name, (module, kernel) in kernels().items():
         monkeypatch.setattr(module, name, Recorder(kernel, noted))
-    run_rows(5376, 21504)
+    for width, mlp in ((5376, 21504), (640, 2048)):  # one row a program, several rows a program
+        run_rows(width, mlp)
     run_heads(32, 16, 128)
     run_heads(8, 4, 256)
     for dtype, width in ((torch.bfloat16, 16384), (torch.float32, 16384), (torch.bfloat16, 4096)):
