@@ -54,8 +54,8 @@ class Offloaded:
     At most two layers are on their way out and one on its way in, which bounds the device memory they take.
     """
 
-    def __init__(self, on_host: Sequence[bool], device: torch.device, row_bytes: int = 0) -> None:
-        self._on_host, self._device, self._row_bytes = on_host, device, row_bytes
+    def __init__(self, on_host: Sequence[bool], device: torch.device) -> None:
+        self._on_host, self._device = on_host, device
         self._here = OnDevice()
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -126,7 +126,7 @@ class Offloaded:
             if buffer is not None:
                 torch.cuda.synchronize(self._device)
                 unlock(buffer)
-            buffer = self._buffers[key] = self._new_buffer(max(sum(sizes), self._row_bytes))
+            buffer = self._buffers[key] = self._new_buffer(sum(sizes))
         places, at = [], 0
         for tensor, size in zip(tensors, sizes, strict=True):
             whole = buffer[at : at + tensor.numel() * tensor.element_size()]
