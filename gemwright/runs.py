@@ -131,7 +131,9 @@ class RunFolder:
         """Add to `config.json` what was not known at the start; a whole section is extended, not replaced."""
         config = self.config()
         for key, value in known.items():
-            config[key] = config[key] | value if isinstance(value, dict) and isinstance(config.get(key), dict) else value
+            config[key] = (
+                config[key] | value if isinstance(value, dict) and isinstance(config.get(key), dict) else value
+            )
         write_json(self.path / "config.json", config)
 
     def log(self, row: dict[str, Any]) -> None:

@@ -182,7 +182,9 @@ def _train(
     finally:
         setup.close()
     if not losses:
-        raise MachineError("video memory ran out in the first step", fix="Close other programs, or use a smaller --vram.")
+        raise MachineError(
+            "video memory ran out in the first step", fix="Close other programs, or use a smaller --vram."
+        )
     report(replace(at, phase="saving"))
     run.amend({"base": {"sha256": digest.result()}})
     save_adapter(run, lora, file, config)

@@ -111,7 +111,9 @@ def budget_bytes(vram: int | None, device: torch.device) -> int:
     if vram is None:
         return free + torch.cuda.memory_reserved(device) - MARGIN_BYTES
     if vram > total:
-        what = f"{vram / 2**30:.2f} GiB are more than the {total / 2**30:.2f} GiB of {torch.cuda.get_device_name(device)}"
+        what = (
+            f"{vram / 2**30:.2f} GiB are more than the {total / 2**30:.2f} GiB of {torch.cuda.get_device_name(device)}"
+        )
         raise InputError(what, where="--vram", fix="Leave it out to use what is free.")
     return vram
 
@@ -202,7 +204,7 @@ def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return sorted(times)[len(times) // 2]
+    return float(sorted(times)[len(times) // 2])
 
 
 def shrink(setup: Setup, config: TrainConfig, file: ModelFile) -> Setup:
