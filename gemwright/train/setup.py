@@ -149,11 +149,17 @@ def _on_cpu(config: TrainConfig, file: ModelFile, lora: LoRA, dtype: torch.dtype
     return Setup(model, Work(Keep.INPUT if recompute else Keep.ALL), OnDevice(), torch.device("cpu"), dtype)
 
 
-def plan_for(config: TrainConfig, file: ModelFile, device: torch.device, budget: int | None = None) -> Arrangement:
-    """The arrangement for this card, with nothing loaded yet. Raises DoesNotFit."""
+def plan_for(
+    config: TrainConfig, file: ModelFile, device: torch.device, budget: int | None = None, link_share: float = 1.0
+) -> Arrangement:
+    """The arrangement for this card, with nothing loaded yet; as if its link had that share of its speed.
+
+    Raises DoesNotFit.
+    """
     budget = budget_bytes(config.vram, device) if budget is None else budget
     total = torch.cuda.get_device_properties(device).total_memory
     card = probe(device)
+    card = card._replace(link=card.link * link_share)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
