@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemwright.errors import InputError
+from gemwright.errors import InputError, needed
+from gemwright.kernels.dispatch import has_triton
 from gemwright.model.residency import GROUPS
 from gemwright.spec import LINEARS, ModelSpec
 
@@ -26,13 +27,14 @@ TAIL_STEP = 8
 class GroupLoRA:
     """The adapters of the linear layers in one group of one layer, as a product with a block-diagonal B.
 
-    Working copies: `a` [T, in] and `b` [out, T] (b holds the scale), where T is g rank rounded up to whole TAIL_STEPs
-    by zeros. `grad_a` [g rank, in] fp32 is a view of the flat gradient; `blocks` gives for each adapted part its rows
-    of b, its columns of b, and its B's gradient.
+    `a` [g rank, in] is a working copy, `grad_a` its gradient, views of flat vectors. `b` [out, T] is a working copy
+    that holds the scale, where T is g rank rounded up to whole TAIL_STEPs by zeros; None where it is only ever joined
+    to the weight. `blocks` gives for each adapted part its rows of b, its columns of b, and its B's gradient.
     """
 
     a: Tensor
-    b: Tensor
+    b: Tensor | None
+    tail: int
     grad_a: Tensor
     blocks: list[tuple[slice, slice, Tensor]]
 
@@ -66,7 +68,9 @@ class LoRA:
         for name in self.names:
             torch.nn.init.kaiming_uniform_(drawn[name][0], a=math.sqrt(5), generator=generator)
         self.master, self.grad = master.to(device), torch.zeros_like(master, device=device)
+        self._copy = self.master.to(dtype) if dtype != self.master.dtype else self.master
         self._pairs, self._grads = self._views(self.master), self._views(self.grad)
+        self._tables: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._groups = {(i, g): self._group(i, g, dtype) for i in range(spec.layers) for g in GROUPS}
         self.refresh()
 
@@ -100,16 +104,10 @@ class LoRA:
                 blocks.append((rows, columns, self._grads[f"{layer}.{part}"][1]))
             row += shapes[part][0]
         first = self._grads[f"{layer}.{parts[0]}"][0]
-        cols = shapes[parts[0]][1]
-        grad_a = first.as_strided((width, cols), (cols, 1), first.storage_offset())
-        device = self.master.device
-        tail = _padded(width)
-        return GroupLoRA(
-            torch.zeros(tail, cols, dtype=dtype, device=device),
-            torch.zeros(row, tail, dtype=dtype, device=device),
-            grad_a,
-            blocks,
-        )
+        cols, tail = shapes[parts[0]][1], _padded(width)
+        place = ((width, cols), (cols, 1), first.storage_offset())
+        b = None if self.master.is_cuda else torch.zeros(row, tail, dtype=dtype)
+        return GroupLoRA(self._copy.as_strided(*place), b, tail, self.grad.as_strided(*place), blocks)
 
     def group(self, layer: int, group: str) -> GroupLoRA | None:
         """The adapters of a group, or None where none of its parts is a target."""
@@ -121,13 +119,56 @@ class LoRA:
 
     def refresh(self) -> None:
         """Copy the masters into the working copies; call after every change of `master`."""
+        if self._copy is not self.master:
+            self._copy.copy_(self.master)
         for (layer, name), group in self._groups.items():
-            if group is None:
-                continue
-            width, cols = group.grad_a.shape
-            group.a[:width].copy_(self.master.as_strided((width, cols), (cols, 1), group.grad_a.storage_offset()))
-            for part, (rows, columns, _) in zip(self._parts(name), group.blocks, strict=True):
-                torch.mul(self._pairs[f"{layer}.{part}"][1], self.scale, out=group.b[rows, columns])
+            if group is not None and group.b is not None:
+                for part, (rows, columns, _) in zip(self._parts(name), group.blocks, strict=True):
+                    torch.mul(self._pairs[f"{layer}.{part}"][1], self.scale, out=group.b[rows, columns])
+
+    def join(self, layer: int, matrices: Mapping[str, Tensor]) -> None:
+        """Put every B of a layer, scaled, into the last columns of those matrices that have room for them."""
+        roomy = {name: matrices[name] for name in GROUPS if self._has_tail(layer, name, matrices[name])}
+        if not roomy:
+            return
+        first = next(iter(roomy.values()))
+        if first.is_cuda and first.dtype == torch.bfloat16 and has_triton(first.device):
+            from gemwright.kernels.triton_join import join
+
+            key = (layer, first.data_ptr())
+            if key not in self._tables:
+                self._tables[key] = self._table(layer, roomy)
+            table, rows = self._tables[key]
+            join(self.master, table, self.scale, self.rank, max(self.tails().values()), rows)
+            return
+        for name, matrix in roomy.items():
+            tail = matrix[:, matrix.shape[1] - self.tails()[name] :]
+            tail.zero_()
+            for part, (rows_of, columns, _) in zip(
+                self._parts(name), needed(self._groups[layer, name]).blocks, strict=True
+            ):
+                tail[rows_of, columns] = self._pairs[f"{layer}.{part}"][1] * self.scale
+
+    def _has_tail(self, layer: int, name: str, matrix: Tensor) -> bool:
+        group = self._groups[layer, name]
+        return group is not None and matrix.shape[1] > group.a.shape[1]
+
+    def _table(self, layer: int, matrices: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """What `triton_join.join` is told of a layer, and the most rows of a part."""
+        from gemwright.kernels.triton_join import joined_table
+
+        entries, tails = [], self.tails()
+        for name, matrix in matrices.items():
+            row, column = 0, 0
+            for part in GROUPS[name]:
+                rows, cols = self.spec.linear_shapes[part]
+                adapted = part in self.targets
+                at = int(self._pairs[f"{layer}.{part}"][1].storage_offset()) if adapted else -1
+                pitch = matrix.stride(0)
+                address = matrix.data_ptr() + matrix.element_size() * (row * pitch + cols)
+                entries.append((at, rows, address, pitch, column, tails[name]))
+                row, column = row + rows, column + self.rank * adapted
+        return joined_table(entries, self.master.device), max(entry[1] for entry in entries)
 
     def pairs(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """(A, B) of every adapted linear layer by our names: views of `master`."""
@@ -192,7 +233,7 @@ class Linear:
     """One group's product with its adapters, for one visit of one layer by one micro-batch. Keeps nothing.
 
     Its input lies in rows of in + T columns (`room`), the last ones filled with t = dropout(x) a^T. Where the weight is
-    [out, in + T] with b as its last columns (`join`), base and adapter are one product; where it is [out, in], two.
+    [out, in + T] with b as its last columns (`LoRA.join`), base and adapter are one product; else they are two.
     """
 
     def __init__(self, lora: LoRA | None, layer: int, group: str, seed: int = 0) -> None:
@@ -201,27 +242,24 @@ class Linear:
 
     def room(self, x: Tensor, rows: int, width: int) -> Tensor:
         """An empty input [rows, width + T] of x's dtype on its device."""
-        tail = 0 if self._group is None else self._group.a.shape[0]
+        tail = 0 if self._group is None else self._group.tail
         return torch.empty(rows, width + tail, dtype=x.dtype, device=x.device)
-
-    def join(self, weight: Tensor) -> None:
-        """Put b into the last columns of a weight that has them."""
-        if self._group is not None and weight.shape[1] > self._group.a.shape[1]:
-            weight[:, self._group.a.shape[1] :].copy_(self._group.b)
 
     def fill(self, room: Tensor, chunk: int = 0) -> None:
         """Compute t from the x that lies in `room`."""
         if self._group is not None:
             x, t = self._split(room)
-            mask = self._mask(x, chunk)
-            torch.mm(x if mask is None else x * mask, self._group.a.t(), out=t)
+            mask, width = self._mask(x, chunk), self._group.a.shape[0]
+            torch.mm(x if mask is None else x * mask, self._group.a.t(), out=t[:, :width])
+            if width < t.shape[1]:
+                t[:, width:] = 0
 
     def forward(self, room: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """Write y [rows, out] = x W^T + t b^T of a filled `room` to `out` and return it."""
         if self._group is None or weight.shape[1] == room.shape[1]:
             return torch.mm(room, weight.t(), out=out)
         x, t = self._split(room)
-        return torch.mm(x, weight.t(), out=out).addmm_(t, self._group.b.t())
+        return torch.mm(x, weight.t(), out=out).addmm_(t, needed(self._group.b).t())
 
     def backward(
         self, dy: Tensor, weight: Tensor, room: Tensor, chunk: int = 0, *, input_gradient: bool = True
@@ -233,18 +271,30 @@ class Linear:
         x, t = self._split(room)
         joined = weight.shape[1] == room.shape[1]
         both = torch.mm(dy, weight) if joined and input_gradient else None
-        dt = both[:, x.shape[1] :] if both is not None else torch.mm(dy, group.b)
-        mask = self._mask(x, chunk)
-        _add_product(group.grad_a, dt[:, : group.grad_a.shape[0]].t(), x if mask is None else x * mask)
-        db_t = torch.mm(t.t(), dy)
-        for rows, columns, grad_b in group.blocks:
-            grad_b.add_(db_t[columns, rows].t(), alpha=self._lora.scale)
+        if both is not None:
+            dt = both[:, x.shape[1] :]
+        else:
+            dt = torch.mm(dy, weight[:, x.shape[1] :] if joined else needed(group.b))
+        mask, width = self._mask(x, chunk), group.a.shape[0]
+        dt = dt[:, :width]
+        _add_product(group.grad_a, dt.t(), x if mask is None else x * mask)
+        self._add_b(group, dy, t, self._lora.scale)
         if not input_gradient:
             return None
         dx = torch.mm(dy, weight) if both is None else both[:, : x.shape[1]]
         if mask is None:
             return dx.addmm_(dt, group.a)
         return dx.add_(torch.mm(dt, group.a).mul_(mask))
+
+    @staticmethod
+    def _add_b(group: GroupLoRA, dy: Tensor, t: Tensor, scale: float) -> None:
+        if dy.is_cuda:
+            for rows, columns, grad_b in group.blocks:
+                _add_product(grad_b, dy[:, rows].t(), t[:, columns], scale)
+            return
+        db_t = torch.mm(t.t(), dy)  # on a CPU faster with the thin side first
+        for rows, columns, grad_b in group.blocks:
+            grad_b.add_(db_t[columns, rows].t(), alpha=scale)
 
     def _split(self, room: Tensor) -> tuple[Tensor, Tensor]:
         width = room.shape[1] if self._group is None else self._group.a.shape[1]
@@ -261,9 +311,9 @@ class Linear:
         )
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (fp32) += left right, summed in fp32 throughout where the device's products can add to it."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """total (fp32) += scale left right, summed in fp32 throughout where the device's products can add to it."""
     if total.is_cuda and left.dtype != torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        torch.addmm(total, left, right, alpha=scale, out_dtype=torch.float32, out=total)
     else:
-        total.add_(torch.mm(left, right))
+        total.add_(torch.mm(left, right), alpha=scale)

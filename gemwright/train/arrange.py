@@ -26,8 +26,10 @@ SLACK = 0.02
 MICRO_TOKENS = 8192
 CHUNKS = (8192, 4096, 2048, 1024)
 HOST_SHARE = 0.7
+# Bytes a second over a link that is busy both ways, beside those of one way.
+BOTH_WAYS = 1.4
 # Of the layers, how many are tried as residents.
-SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+SHARES = tuple(i / 16 for i in range(17))
 
 
 class Card(NamedTuple):
@@ -286,7 +288,8 @@ def _estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
     each = job.layer_bytes / card.link
     streamed = spec.layers - plan.resident
     moved = plan.host_bytes / card.link
-    up = max(spec.layers * (a_pass * 1.1 + attention), streamed * each, moved)
+    both = (streamed * each + moved) / BOTH_WAYS  # each way alone is faster than the two at once
+    up = max(spec.layers * (a_pass * 1.1 + attention), streamed * each, moved, both)
     computed = sum(a_pass * (1.15 + again[k]) + attention * (2.5 + (k < Keep.NARROW)) for k in plan.keep)
     down = max(computed, streamed * each + moved)
     head = 4 * spec.vocab * spec.hidden * tokens * job.labelled / card.flops
