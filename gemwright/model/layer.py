@@ -164,7 +164,12 @@ class LayerPass:
         for index, at in enumerate(self._slices(x_ND)):
             room, rstd = self._entries[index] if self._entries else self._enter(index, x_ND[at], weights)
             dnormed = self._linears["qkv"].backward(
-                dqkv[at], weights.matrices["qkv"], room, index, input_gradient=not self._first
+                dqkv[at],
+                weights.matrices["qkv"],
+                room,
+                needed(self._qkv)[at],
+                index,
+                input_gradient=not self._first,
             )
             if dnormed is not None:
                 rms_norm_backward(dnormed, x_ND[at], rstd, weights.norms["attn_norm"], add=dy[at], out=dy[at])
@@ -246,13 +251,14 @@ class LayerPass:
         """From the gradient of the layer's output to that of the attention's, returned, and of x past it, in `dy`."""
         linears, matrices, norms = self._linears, weights.matrices, weights.norms
         dd = rms_norm_backward(dy, chunk.d, self._rstd_d[index], norms["mlp_post_norm"])
-        dwide = needed(linears["down"].backward(dd, matrices["down"], chunk.wide, index))
-        geglu_backward(dwide, chunk.gate_up, chunk.activated, chunk.gate_up)
+        dwide = needed(linears["down"].backward(dd, matrices["down"], chunk.wide, chunk.d, index))
+        dboth, both = linears["gate_up"].gradient_room(chunk.gate_up), chunk.gate_up
+        geglu_backward(dwide, both, chunk.activated, dboth)
         del dwide
-        dnormed = needed(linears["gate_up"].backward(chunk.gate_up, matrices["gate_up"], chunk.normed, index))
+        dnormed = needed(linears["gate_up"].backward(dboth, matrices["gate_up"], chunk.normed, both, index))
         rms_norm_backward(dnormed, chunk.middle, chunk.rstd, norms["mlp_norm"], add=dy, out=dy)
         da = rms_norm_backward(dy, chunk.a, chunk.rstd_a, norms["attn_post_norm"])
-        return needed(linears["o"].backward(da, matrices["o"], chunk.attended, index))
+        return needed(linears["o"].backward(da, matrices["o"], chunk.attended, chunk.a, index))
 
     def _attention_backward(self, dattended: Tensor, weights: LayerWeights) -> Tensor:
         """The gradient of the joint projection [N, (H + 2K) E]."""

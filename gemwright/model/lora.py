@@ -2,6 +2,8 @@
 
 Source: Hu et al. 2021 (arXiv 2106.09685). y = W x + scale B A x, with A [rank, in] and B [out, rank]; scale is
 alpha / rank, or alpha / sqrt(rank) with rank stabilisation (Kalajdzievski 2023, arXiv 2312.03732).
+DoRA (Liu et al. 2024, arXiv 2402.09353) multiplies each row of y by m / ||W + scale B A||, with m [out] learned and the
+norm a constant in the backward (section 4.3).
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import torch
 from torch import Tensor
 
 from gemwright.errors import InputError
-from gemwright.model.residency import GROUPS
+from gemwright.model.residency import GROUPS, Residency
 from gemwright.spec import LINEARS, ModelSpec
 
 CPU = torch.device("cpu")
 # Rows of an input with its tail stay aligned to 16 bytes, as the kernels' wide loads need.
 TAIL_STEP = 8
+# Rows of a frozen weight squared at once in fp32.
+_NORM_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,21 @@ class GroupLoRA:
 
     Working copies: `a` [T, in] and `b` [out, T] (b holds the scale), where T is g rank rounded up to whole TAIL_STEPs
     by zeros. `grad_a` [g rank, in] fp32 is a view of the flat gradient; `blocks` gives for each adapted part its rows
-    of b, its columns of b, and its B's gradient.
+    of b, its columns of b, and its B's gradient; `magnitudes`, with DoRA, its rows, its m and the gradient of m.
     """
 
     a: Tensor
     b: Tensor
     grad_a: Tensor
     blocks: list[tuple[slice, slice, Tensor]]
+    magnitudes: list[tuple[slice, Tensor, Tensor]]
 
 
 class LoRA:
     """All adapters of one model. `master` and `grad` are flat fp32 vectors; the optimizer sees only these two.
 
-    In the flat vectors the A of a group's parts lie together, then their B, so that a group is one product.
+    In the flat vectors the A of a group's parts lie together, then their B, so that a group is one product. The
+    magnitudes of DoRA follow after all pairs; `measure` gives a new adapter's their values.
     """
 
     def __init__(
@@ -54,19 +60,24 @@ class LoRA:
         dropout: float = 0.0,
         seed: int = 0,
         stabilised: bool = False,
+        dora: bool = False,
         device: torch.device = CPU,
     ) -> None:
         check_targets(spec, rank, targets)
         self.spec, self.rank, self.alpha, self.targets, self.dropout = spec, rank, alpha, tuple(targets), dropout
+        self.stabilised, self.dora = stabilised, dora
         self.scale = alpha / (math.sqrt(rank) if stabilised else rank)
         self.names = [f"{i}.{part}" for i in range(spec.layers) for part in LINEARS if part in targets]
-        master = torch.zeros(parameters(spec, rank, targets))
+        master = torch.zeros(parameters(spec, rank, targets, dora=dora))
         generator = torch.Generator().manual_seed(seed)
         drawn = self._views(master)
         for name in self.names:
             torch.nn.init.kaiming_uniform_(drawn[name][0], a=math.sqrt(5), generator=generator)
         self.master, self.grad = master.to(device), torch.zeros_like(master, device=device)
         self._pairs, self._grads = self._views(self.master), self._views(self.grad)
+        self._magnitudes, self._magnitude_grads = self._magnitude_views(self.master), self._magnitude_views(self.grad)
+        self._squares: dict[tuple[int, str], Tensor] = {}
+        self._gains: dict[tuple[int, str], Tensor] = {}
         self._groups = {(i, g): self._group(i, g, dtype) for i in range(spec.layers) for g in GROUPS}
         self.refresh()
 
@@ -87,17 +98,27 @@ class LoRA:
                 at = at_b
         return views
 
+    def _magnitude_views(self, flat: Tensor) -> dict[str, Tensor]:
+        if not self.dora:
+            return {}
+        rows = [self.spec.linear_shapes[name.split(".")[1]][0] for name in self.names]
+        return dict(zip(self.names, flat[-sum(rows) :].split(rows), strict=True))
+
     def _group(self, layer: int, group: str, dtype: torch.dtype) -> GroupLoRA | None:
         parts, shapes, rank = self._parts(group), self.spec.linear_shapes, self.rank
         if not parts:
             return None
         width, row = rank * len(parts), 0
         blocks: list[tuple[slice, slice, Tensor]] = []
+        magnitudes: list[tuple[slice, Tensor, Tensor]] = []
         for part in GROUPS[group]:
             if part in parts:
                 column = rank * len(blocks)
                 rows, columns = slice(row, row + shapes[part][0]), slice(column, column + rank)
-                blocks.append((rows, columns, self._grads[f"{layer}.{part}"][1]))
+                name = f"{layer}.{part}"
+                blocks.append((rows, columns, self._grads[name][1]))
+                if self.dora:
+                    magnitudes.append((rows, self._magnitudes[name], self._magnitude_grads[name]))
             row += shapes[part][0]
         first = self._grads[f"{layer}.{parts[0]}"][0]
         cols = shapes[parts[0]][1]
@@ -109,6 +130,7 @@ class LoRA:
             torch.zeros(row, tail, dtype=dtype, device=device),
             grad_a,
             blocks,
+            magnitudes,
         )
 
     def group(self, layer: int, group: str) -> GroupLoRA | None:
@@ -119,8 +141,44 @@ class LoRA:
         """How many columns the adapters of each group add to its input."""
         return {group: _padded(self.rank * len(self._parts(group))) for group in GROUPS}
 
+    def measure(self, residency: Residency) -> None:
+        """Square the frozen rows that DoRA's norms are made of; magnitudes of zero, as a new adapter's, begin at them.
+
+        Visits every layer once, and none for plain LoRA.
+        """
+        for layer in range(self.spec.layers if self.dora else 0):
+            matrices = residency.layer(layer).matrices
+            for name in GROUPS:
+                group = self._groups[layer, name]
+                if group is not None:
+                    rows = matrices[name][:, : group.a.shape[1]].split(_NORM_ROWS)
+                    square = self._squares[layer, name] = torch.cat([w.float().square().sum(1) for w in rows])
+                    for own, magnitude, _ in group.magnitudes:
+                        if not magnitude.any():
+                            magnitude.copy_(square[own].sqrt())
+            residency.release(layer)
+        self._gains.clear()
+
+    def gain(self, layer: int, name: str, weight: Tensor) -> Tensor | None:
+        """DoRA's factor for each row of a group's `weight` [out, in or in + T], fp32 [out]; None for plain LoRA.
+
+        m / ||W + scale B A||, and 1 for rows without an adapter. The same until the next `refresh`.
+        """
+        group = self._groups[layer, name]
+        if group is None or not group.magnitudes:
+            return None
+        if (layer, name) not in self._gains:
+            a, b = group.a.float(), group.b.float()
+            crossed = torch.mm(weight[:, : a.shape[1]], group.a.t()).mul(2.0).add(torch.mm(b, torch.mm(a, a.t())))
+            norm = (self._squares[layer, name] + (crossed * b).sum(1)).clamp_min_(1e-30).sqrt_()
+            gain = self._gains[layer, name] = torch.ones_like(norm)
+            for rows, magnitude, _ in group.magnitudes:
+                torch.div(magnitude, norm[rows], out=gain[rows])
+        return self._gains[layer, name]
+
     def refresh(self) -> None:
         """Copy the masters into the working copies; call after every change of `master`."""
+        self._gains.clear()
         for (layer, name), group in self._groups.items():
             if group is None:
                 continue
@@ -137,11 +195,21 @@ class LoRA:
         """The gradients of `pairs`: views of `grad`."""
         return {name: self._grads[name] for name in self.names}
 
-    def load(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Take over the values of `pairs`, whose names and shapes must be ours."""
+    def magnitudes(self) -> Mapping[str, Tensor]:
+        """DoRA's m [out] of every adapted linear layer by our names, views of `master`; empty for plain LoRA."""
+        return dict(self._magnitudes)
+
+    def magnitude_gradients(self) -> Mapping[str, Tensor]:
+        """The gradients of `magnitudes`: views of `grad`."""
+        return dict(self._magnitude_grads)
+
+    def load(self, pairs: Mapping[str, tuple[Tensor, Tensor]], magnitudes: Mapping[str, Tensor] | None = None) -> None:
+        """Take over the values of `pairs` and, with DoRA, `magnitudes`, whose names and shapes must be ours."""
         for name, (a, b) in self._pairs.items():
             a.copy_(pairs[name][0])
             b.copy_(pairs[name][1])
+        for name, magnitude in (magnitudes or {}).items():
+            self._magnitudes[name].copy_(magnitude)
         self.refresh()
 
 
@@ -149,9 +217,10 @@ def _padded(width: int) -> int:
     return -(-width // TAIL_STEP) * TAIL_STEP
 
 
-def parameters(spec: ModelSpec, rank: int, targets: Sequence[str]) -> int:
+def parameters(spec: ModelSpec, rank: int, targets: Sequence[str], *, dora: bool = False) -> int:
     """Trained values of an adapter."""
-    return spec.layers * rank * sum(sum(spec.linear_shapes[part]) for part in targets)
+    shapes = [spec.linear_shapes[part] for part in targets]
+    return spec.layers * (rank * sum(map(sum, shapes)) + (sum(rows for rows, _ in shapes) if dora else 0))
 
 
 def check_targets(spec: ModelSpec, rank: int, targets: Sequence[str]) -> None:
@@ -171,12 +240,19 @@ def check_targets(spec: ModelSpec, rank: int, targets: Sequence[str]) -> None:
 
 
 def lora_from_pairs(
-    spec: ModelSpec, pairs: Mapping[str, tuple[Tensor, Tensor]], alpha: float, dtype: torch.dtype
+    spec: ModelSpec,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    alpha: float,
+    dtype: torch.dtype,
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> LoRA:
-    """A LoRA holding an adapter read from disk; ranks must agree over its layers."""
+    """A LoRA holding an adapter read from disk, with DoRA's `magnitudes` where it has some; one rank for all layers.
+
+    `alpha` is the scale times the rank, however the adapter came by it.
+    """
     targets = tuple(p for p in LINEARS if any(name.endswith(f".{p}") for name in pairs))
     rank = next(iter(pairs.values()))[0].shape[0]
-    lora = LoRA(spec, rank, alpha, targets, dtype=dtype)
+    lora = LoRA(spec, rank, alpha, targets, dtype=dtype, dora=bool(magnitudes))
     missing = [name for name in lora.names if name not in pairs]
     if missing or any(a.shape[0] != rank for a, _ in pairs.values()):
         raise InputError(
@@ -184,7 +260,7 @@ def lora_from_pairs(
             where="adapter",
             fix="Use the llama.cpp engine for this adapter.",
         )
-    lora.load(pairs)
+    lora.load(pairs, magnitudes)
     return lora
 
 
@@ -193,11 +269,14 @@ class Linear:
 
     Its input lies in rows of in + T columns (`room`), the last ones filled with t = dropout(x) a^T. Where the weight is
     [out, in + T] with b as its last columns (`join`), base and adapter are one product; where it is [out, in], two.
+    DoRA's gain, taken by `join`, multiplies what comes out of it and what goes back into it.
     """
 
     def __init__(self, lora: LoRA | None, layer: int, group: str, seed: int = 0) -> None:
         self._lora, self._group = lora, lora.group(layer, group) if lora is not None else None
         self._seed = seed * len(GROUPS) + list(GROUPS).index(group)
+        self._place = layer, group
+        self._gain: Tensor | None = None
 
     def room(self, x: Tensor, rows: int, width: int) -> Tensor:
         """An empty input [rows, width + T] of x's dtype on its device."""
@@ -205,9 +284,10 @@ class Linear:
         return torch.empty(rows, width + tail, dtype=x.dtype, device=x.device)
 
     def join(self, weight: Tensor) -> None:
-        """Put b into the last columns of a weight that has them."""
+        """Put b into the last columns of a weight that has them; the first thing in every visit."""
         if self._group is not None and weight.shape[1] > self._group.a.shape[1]:
             weight[:, self._group.a.shape[1] :].copy_(self._group.b)
+        self._gain = None if self._lora is None else self._lora.gain(*self._place, weight)
 
     def fill(self, room: Tensor, chunk: int = 0) -> None:
         """Compute t from the x that lies in `room`."""
@@ -217,19 +297,31 @@ class Linear:
             torch.mm(x if mask is None else x * mask, self._group.a.t(), out=t)
 
     def forward(self, room: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """Write y [rows, out] = x W^T + t b^T of a filled `room` to `out` and return it."""
+        """Write y [rows, out] = x W^T + t b^T of a filled `room`, times the gain, to `out` and return it."""
         if self._group is None or weight.shape[1] == room.shape[1]:
-            return torch.mm(room, weight.t(), out=out)
-        x, t = self._split(room)
-        return torch.mm(x, weight.t(), out=out).addmm_(t, self._group.b.t())
+            torch.mm(room, weight.t(), out=out)
+        else:
+            x, t = self._split(room)
+            torch.mm(x, weight.t(), out=out).addmm_(t, self._group.b.t())
+        return out if self._gain is None else out.mul_(self._gain)
+
+    def gradient_room(self, y: Tensor) -> Tensor:
+        """Where the gradient of y may be written: over y, unless the magnitudes' gradient still needs it."""
+        return y if self._gain is None else torch.empty_like(y)
 
     def backward(
-        self, dy: Tensor, weight: Tensor, room: Tensor, chunk: int = 0, *, input_gradient: bool = True
+        self, dy: Tensor, weight: Tensor, room: Tensor, y: Tensor, chunk: int = 0, *, input_gradient: bool = True
     ) -> Tensor | None:
-        """Add the adapters' gradients to their LoRA and return dx (None where nobody asks for it)."""
+        """Add the adapters' gradients to their LoRA and return dx (None where nobody asks for it).
+
+        `y` is the forward's output. With DoRA `dy` is overwritten.
+        """
         group = self._group
         if group is None or self._lora is None:
             return torch.mm(dy, weight) if input_gradient else None
+        if self._gain is not None:
+            _add_magnitudes(group, dy, y)
+            dy.mul_(self._gain)
         x, t = self._split(room)
         joined = weight.shape[1] == room.shape[1]
         both = torch.mm(dy, weight) if joined and input_gradient else None
@@ -259,6 +351,13 @@ class Linear:
         return (
             torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(keep, generator=generator).div_(keep)
         )
+
+
+def _add_magnitudes(group: GroupLoRA, dy: Tensor, y: Tensor) -> None:
+    """Add the gradients of a group's m: y is linear in m, so that dm = sum(dy y) / m."""
+    total = (dy * y).sum(0, dtype=torch.float32)
+    for rows, magnitude, gradient in group.magnitudes:
+        gradient.add_(torch.where(magnitude == 0, 0.0, total[rows] / magnitude))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
