@@ -128,7 +128,17 @@ def tune(
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data (1).")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="LoRA rank (16).")] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha (the rank).")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank), not alpha / rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Learn each row's magnitude too (not for llama.cpp).")] = False,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate (0.001).")] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", help="cosine (default), linear or constant.")] = None,
+    warmup: Annotated[float | None, typer.Option("--warmup", help="Share of the steps that --lr rises (0.05).")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="AdamW's decay of adapters (0).")] = None,
+    clip: Annotated[float | None, typer.Option("--clip", help="Longest gradient that is not shortened (1).")] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option("--patience", min=1, help="Stop after so many updates in a row with no finite loss (5)."),
+    ] = None,
     seq: Annotated[int | None, typer.Option("--seq", min=16, help="Tokens a packed row (1024).")] = None,
     tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", min=16, help="Tokens a step.")] = None,
     dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout (0).")] = None,
@@ -156,14 +166,17 @@ def tune(
     config = TrainConfig(**given)
     with Progressing() as progress:
         result = train(config, lambda p: progress.update(p.phase, p.step / max(p.steps, 1), _training_text(p)))
-    row = asdict(result) | {key: str(getattr(result, key)) for key in ("run", "adapter", "adapter_gguf")}
+    row = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
     _give(
         row,
         as_json,
         f"{out}: {result.steps} steps, loss {result.loss_first:.3f} -> {result.loss_last:.3f}, "
         f"{result.tokens_per_s:.0f} tokens/s, peak {size(result.peak_rss_bytes)} of RAM",
     )
-    say(f"next: {command('gemwright', 'chat', '--model', model, '--adapter', out)}")
+    pytorch = () if result.adapter_gguf else ("--engine", "pytorch")
+    if pytorch:
+        say("no adapter.gguf was written: llama.cpp cannot express DoRA; --engine pytorch runs it")
+    say(f"next: {command('gemwright', 'chat', '--model', model, '--adapter', out, *pytorch)}")
 
 
 @app.command()

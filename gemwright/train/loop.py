@@ -24,7 +24,7 @@ from gemwright.text.tokenizer import Tokenizer
 from gemwright.train.batches import Encoded, encode_file, pack, steps
 from gemwright.train.config import TrainConfig
 from gemwright.train.memory import activation_bytes, keep_freed_memory, peak_rss_bytes, rss_bytes, spare_bytes
-from gemwright.train.optimizer import PATIENCE, Optimizer, learning_rate
+from gemwright.train.optimizer import Optimizer, learning_rate
 from gemwright.train.plot import plot_loss
 from gemwright.train.step import Work, forward_backward
 from gemwright.weights.gguf_writer import write_gguf_lora
@@ -51,11 +51,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a fine-tune left: `loss_first` of the first step, `loss_last` the mean of the last tenth of them."""
+    """What a fine-tune left: `loss_first` of the first step, `loss_last` the mean of the last tenth of them.
+
+    `adapter_gguf` is None with DoRA, which llama.cpp cannot express.
+    """
 
     run: Path
     adapter: Path
-    adapter_gguf: Path
+    adapter_gguf: Path | None
     steps: int
     loss_first: float
     loss_last: float
@@ -88,6 +91,8 @@ def tune(config: TrainConfig, on_progress: Callable[[Progress], None] | None = N
         dtype=dtype,
         dropout=config.dropout,
         seed=config.seed,
+        stabilised=config.rslora,
+        dora=config.dora,
     )
     examples = encode_file(config.data, Tokenizer.from_model(file).encode, config.train_on, config.seq)
     run = RunFolder.create(config.out, _record(config, file, dtype, examples))
@@ -133,7 +138,7 @@ def _train(
     try:
         for step, (epoch, rows) in enumerate(itertools.islice(batches, total)):
             start = time.perf_counter()
-            rate = learning_rate(step, total, config.lr, config.warmup)
+            rate = learning_rate(step, total, config.lr, config.warmup, config.schedule)
             done = forward_backward(model, rows, work, seed=config.seed + step)
             loss = done.loss
             norm = optimizer.update(rate, loss)
@@ -148,7 +153,7 @@ def _train(
             run.log(row | {"rss_bytes": rss_bytes(), "skipped": optimizer.skipped_in_a_row > 0})
             eta_s = (total - step - 1) * sum(s for _, s in recent) / len(recent)
             report(Progress("training", step + 1, total, loss, rate, speed, eta_s, rss_bytes()))
-            if optimizer.skipped_in_a_row == PATIENCE:
+            if optimizer.skipped_in_a_row == config.patience:
                 break
     except KeyboardInterrupt:
         if not losses:
@@ -156,9 +161,9 @@ def _train(
     report(Progress("saving", len(losses), total, losses[-1], 0.0, 0.0, 0.0, rss_bytes()))
     save_adapter(run, lora, file, config)
     plot_loss(run.metrics(), run.plot)
-    if optimizer.skipped_in_a_row == PATIENCE:
+    if optimizer.skipped_in_a_row == config.patience:
         raise MachineError(
-            f"loss or gradient was not a number {PATIENCE} times in a row; the adapter before that is saved",
+            f"loss or gradient was not a number {config.patience} times in a row; the adapter before that is saved",
             where=run.path,
             fix="Lower --lr or look for broken examples.",
         )
@@ -167,7 +172,7 @@ def _train(
     return TuneResult(
         run.path,
         run.adapter,
-        run.adapter_gguf,
+        None if config.dora else run.adapter_gguf,
         len(losses),
         losses[0],
         sum(last) / len(last),
@@ -178,7 +183,18 @@ def _train(
 
 
 def save_adapter(run: RunFolder, lora: LoRA, file: ModelFile, config: TrainConfig) -> None:
-    """Write the adapter both ways, each whole or not at all."""
-    base, alpha = str(file.path), config.scaled_alpha
-    write_peft_adapter(run.adapter, file.spec, config.rank, alpha, lora.pairs(), base, config.targets)
-    write_gguf_lora(run.adapter_gguf, file.spec, f"gemma-3-{file.spec.name}", alpha, lora.pairs())
+    """Write the adapter as PEFT and llama.cpp know it (DoRA only PEFT), each whole or not at all."""
+    base, name = str(file.path), f"gemma-3-{file.spec.name}"
+    write_peft_adapter(
+        run.adapter,
+        file.spec,
+        lora.rank,
+        lora.alpha,
+        lora.pairs(),
+        base,
+        lora.targets,
+        rslora=lora.stabilised,
+        magnitudes=lora.magnitudes(),
+    )
+    if not lora.dora:
+        write_gguf_lora(run.adapter_gguf, file.spec, name, lora.scale * lora.rank, lora.pairs())
