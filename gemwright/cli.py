@@ -99,24 +99,37 @@ def demo(
 @app.command()
 def pull(
     name: Annotated[str, typer.Argument(help="270m, 270m-it, 1b, 4b, 12b, 27b (-pt: base model), or a path.")],
+    random: Annotated[bool, typer.Option("--random", help="Write random weights in that size's shapes.")] = False,
+    kind: Annotated[str | None, typer.Option("--type", help="Number format of --random (Q4_0), also Q4_K_M.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="New file of --random.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of --random (0).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a model, or take one that is here, and check that it is whole.
+    """Fetch a model, or take one that is here, and check that it is whole; or make one up to measure with.
 
     \b
     Examples:
       gemwright pull 270m
       gemwright pull ./gemma-3-4b-it-q4_0.gguf --json
+      gemwright pull 27b --random --type Q4_K_M
     """
     from gemwright.weights.pull import pull as fetch
+    from gemwright.weights.pull import pull_random
 
-    got = fetch(name, report=say)
+    if not random and (kind, out, seed) != (None, None, None):
+        raise typer.BadParameter("--type, --out and --seed go with --random")
+    if random:
+        with Progressing() as progress:
+            got = pull_random(name, kind or "Q4_0", out, seed or 0, report=progress.say, on_progress=progress.update)
+    else:
+        got = fetch(name, report=say)
     result = {k: getattr(got, k) for k in ("path", "sha256", "bytes", "size", "quantization")}
     result["path"] = str(result["path"])
     _give(
         result, as_json, f"{got.path}\nGemma 3 {got.size}, {got.quantization}, {size(got.bytes)}, sha256 {got.sha256}"
     )
-    say(f"next: {command('gemwright', 'chat', '--model', name)}")
+    verb = ("tune", "YOUR.jsonl", "--out", "runs/mine") if random else ("chat",)
+    say(f"next: {command('gemwright', *verb, '--model', got.path if random else name)}")
 
 
 @app.command()
