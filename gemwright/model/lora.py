@@ -314,7 +314,7 @@ class Linear:
     ) -> Tensor | None:
         """Add the adapters' gradients to their LoRA and return dx (None where nobody asks for it).
 
-        `y` is the forward's output. With DoRA `dy` is overwritten.
+        `y` is the forward's output. With DoRA `dy` and `y` are overwritten.
         """
         group = self._group
         if group is None or self._lora is None:
@@ -354,8 +354,8 @@ class Linear:
 
 
 def _add_magnitudes(group: GroupLoRA, dy: Tensor, y: Tensor) -> None:
-    """Add the gradients of a group's m: y is linear in m, so that dm = sum(dy y) / m."""
-    total = (dy * y).sum(0, dtype=torch.float32)
+    """Add the gradients of a group's m, overwriting y, which is linear in m, so that dm = sum(dy y) / m."""
+    total = y.mul_(dy).sum(0, dtype=torch.float32)
     for rows, magnitude, gradient in group.magnitudes:
         gradient.add_(torch.where(magnitude == 0, 0.0, total[rows] / magnitude))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import (
     OLD_NAME,
     SMALL,
@@ -26,7 +27,7 @@ from gemwright.kernels.cross_entropy import ROWS
 from gemwright.model.decoder import Gemma
 from gemwright.model.layer import Keep
 from gemwright.model.lora import LoRA
-from gemwright.model.residency import UnpackedResidency
+from gemwright.model.residency import LayerWeights, UnpackedResidency
 from gemwright.spec import LINEARS, ModelSpec
 from gemwright.train.batches import Encoded, make_row
 from gemwright.train.step import StepLoss, Work, forward_backward
@@ -218,6 +219,30 @@ def test_chunks_of_tokens_change_the_order_of_sums_alone(made: Made, keep: Keep,
     parts = step(file, lora, [docs], keep=keep, chunk=37)
     assert parts[0].loss == pytest.approx(whole[0].loss, rel=1e-6)
     assert_close(parts[1], whole[1], 1e-4)
+
+
+class Joined(UnpackedResidency):
+    """Matrices with room for the adapters' B at their right, as a GPU's scratch has them."""
+
+    def layer(self, index: int) -> LayerWeights:
+        """The matrix as it is, and values that must never be read beyond it."""
+        weights, tails = super().layer(index), LoRA(self.spec, RANK, ALPHA, dtype=self.dtype).tails()
+        wide = {name: F.pad(matrix, (0, tails[name]), value=torch.nan) for name, matrix in weights.matrices.items()}
+        return replace(weights, matrices=wide)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=("lora", "dora"))
+@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.NARROW, Keep.ALL], ids=lambda keep: keep.name)
+def test_weights_joined_with_their_adapters_mean_the_same(made: Made, keep: Keep, dora: bool) -> None:
+    file = made(SMALL["270m"], "Q5_0")
+    lora, docs = new_dora(file, dora=dora), documents(file.spec, LENGTHS)
+    rows = [docs[:3], docs[3:]]
+    apart = step(file, lora, rows)
+    lora.grad.zero_()
+    model = Gemma(Joined(file, torch.float32), lora)
+    done = forward_backward(model, [make_row(file.spec, row) for row in rows], Work(keep, 37))
+    assert done.loss == pytest.approx(apart[0].loss, rel=1e-6)
+    assert_close(our_gradients(lora), apart[1], 1e-4)
 
 
 def test_where_the_weights_are_changes_no_bit(made: Made) -> None:
