@@ -105,7 +105,9 @@ def pull(
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of --random (0).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a model, or take one that is here, and check that it is whole; or make one up to measure with.
+    """Fetch a model, or take one that is here, and check that it is whole.
+
+    With --random, make one of random weights instead, to measure with.
 
     \b
     Examples:
