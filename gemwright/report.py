@@ -32,6 +32,16 @@ def size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
+def bytes_of(text: str) -> int:
+    """The bytes that "8GiB", "7500 MB" or "8589934592" name. Raises ValueError."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ").strip()
+    unit = text.strip()[len(number) :].strip().lower()
+    if unit not in units:
+        raise ValueError(f"{unit!r} is no unit of memory: use GiB or GB")
+    return int(float(number) * units[unit])
+
+
 def duration(seconds: float) -> str:
     """`seconds` as 42 s or 4 min 05 s."""
     whole = round(seconds)

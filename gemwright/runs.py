@@ -127,6 +127,15 @@ class RunFolder:
         value: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         return value
 
+    def amend(self, known: dict[str, Any]) -> None:
+        """Add to `config.json` what was not known at the start; a whole section is extended, not replaced."""
+        config = self.config()
+        for key, value in known.items():
+            config[key] = (
+                config[key] | value if isinstance(value, dict) and isinstance(config.get(key), dict) else value
+            )
+        write_json(self.path / "config.json", config)
+
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to `metrics.jsonl`, whole or not at all for a reader that goes by lines."""
         try:

@@ -15,6 +15,8 @@ from torch import Tensor
 from gemwright.kernels.attention import Block, attention, attention_backward, plan_blocks
 
 Kept = tuple[Tensor, ...]
+# Tokens from which on memory counts more than launches.
+LONG = 16_384
 
 
 class Attention(Protocol):
@@ -70,7 +72,21 @@ class Flash:
     def backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Attention.backward`."""
+        """See `Attention.backward`; a long row goes one kv head at a time, with a share of the temporaries."""
+        if len(q) <= LONG:
+            return self._backward(do, q, k, v, out, kept)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+        lse, *states = kept
+        shared = q.shape[1] // k.shape[1]
+        for head in range(k.shape[1]):
+            own, one = slice(head * shared, (head + 1) * shared), slice(head, head + 1)
+            some = (do[:, own], q[:, own], k[:, one], v[:, one], out[:, own], (lse[own], *states))
+            dq[:, own], dk[:, one], dv[:, one] = self._backward(*some)
+        return dq, dk, dv
+
+    def _backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor]:
         bounds, longest, (lse, state, unused) = self._bounds, self._longest, kept
         return torch.ops.aten._flash_attention_backward(  # type: ignore[no-any-return]
             do, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, True, state, unused, scale=1.0, **self._window

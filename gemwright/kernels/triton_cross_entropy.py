@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from gemwright.kernels.cross_entropy import Running
 
 
+@cache
 def chunk_launch(width: int) -> tuple[int, int]:
     """(columns padded to a power of two, warps): 16 values a thread, at most 16 warps."""
     block = max(64, triton.next_power_of_2(width))

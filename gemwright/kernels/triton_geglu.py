@@ -5,11 +5,14 @@ gelu(x) = x sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3) is the tanh form 
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
+@cache
 def piece_launch(width: int) -> tuple[int, int]:
     """(columns a program, warps): 8 values a thread, one 16-byte access of each tensor."""
     block = min(1024, max(32, triton.next_power_of_2(width)))
@@ -45,7 +48,7 @@ def geglu(gate_up: Tensor, out: Tensor) -> Tensor | None:
     """As `geglu.geglu`; nothing is kept for the backward."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     block, warps = piece_launch(width)
-    _geglu_kernel[(rows * triton.cdiv(width, block),)](
+    _geglu_kernel[(rows * -(-width // block),)](
         gate_up, out, width, gate_up.stride(0), out.stride(0), BLOCK=block, num_warps=warps
     )
     return None
@@ -76,7 +79,7 @@ def geglu_backward(
     rows, width = dwide.shape
     block, warps = piece_launch(width)
     wide_pitch = 0 if wide is None else wide.stride(0)
-    _geglu_backward_kernel[(rows * triton.cdiv(width, block),)](
+    _geglu_backward_kernel[(rows * -(-width // block),)](
         dwide, gate_up, out, wide, width, dwide.stride(0), gate_up.stride(0), out.stride(0), wide_pitch,
         BLOCK=block, num_warps=warps,
     )  # fmt: skip

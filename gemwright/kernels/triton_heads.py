@@ -5,6 +5,8 @@ SIZE is the head's size E, HALF half of it padded to a power of two, Q and K the
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ Table = tuple[Tensor, Tensor]
 PIECE = 1024  # values a program
 
 
+@cache
 def head_launch(size: int) -> tuple[int, int, int]:
     """(heads a program, half a head padded to a power of two, warps): 16 values a thread, 8 of each half."""
     half = triton.next_power_of_2(size // 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 PIECE = 2048  # values a program at least, where rows are short
 
 
+@cache
 def row_launch(width: int) -> tuple[int, int, int]:
     """(rows a program, columns padded to a power of two, warps): 16 values a thread, at most 16 warps."""
     block = max(16, triton.next_power_of_2(width))
@@ -18,9 +21,12 @@ def row_launch(width: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _row_tile(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(row int64 [ROWS, 1], its mask, column [1, BLOCK], mask of the tile)."""
+    """(row int64 [ROWS, 1], its mask, column [ROWS, BLOCK], mask of the tile).
+
+    The column is as large as the tile, so that weights get the rows' layout; one row of them would force its own.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
+    col = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (ROWS, BLOCK))
     return row, row < rows, col, (row < rows) & (col < width)
 
 
@@ -54,7 +60,7 @@ def rms_norm(
     rstd = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     tile, block, warps = row_launch(width)
     residual_pitch = 0 if residual is None else residual.stride(0)
-    _rms_norm_kernel[(triton.cdiv(rows, tile),)](
+    _rms_norm_kernel[(-(-rows // tile),)](
         x, weight, residual, y, rstd, rows, width, eps, x.stride(0), residual_pitch, y.stride(0),
         ROWS=tile, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -90,7 +96,7 @@ def norm_add_norm(
     rstd_a = torch.empty((rows, 1), dtype=torch.float32, device=a.device)
     rstd_middle = torch.empty_like(rstd_a)
     tile, block, warps = row_launch(width)
-    _norm_add_norm_kernel[(triton.cdiv(rows, tile),)](
+    _norm_add_norm_kernel[(-(-rows // tile),)](
         a, x, post_weight, next_weight, middle, normed, rstd_a, rstd_middle, rows, width, eps,
         a.stride(0), x.stride(0), normed.stride(0), ROWS=tile, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -125,7 +131,7 @@ def rms_norm_backward(
     dx = torch.empty_like(x) if out is None else out
     tile, block, warps = row_launch(width)
     add_pitch = 0 if add is None else add.stride(0)
-    _rms_norm_backward_kernel[(triton.cdiv(rows, tile),)](
+    _rms_norm_backward_kernel[(-(-rows // tile),)](
         dy, x, rstd, weight, add, dx, rows, width, dy.stride(0), x.stride(0), add_pitch, dx.stride(0),
         ROWS=tile, BLOCK=block, num_warps=warps,
     )  # fmt: skip

@@ -173,7 +173,7 @@ def unpack(raw: Tensor, qtype: str, out: Tensor) -> Tensor:
     if raw.numel() != rows * per_row * form.size or cols % form.values or not raw.is_contiguous() or out.stride(1) != 1:
         raise ValueError(f"{tuple(raw.shape)} bytes are not the {qtype} blocks of {tuple(out.shape)} values")
     step = VALUES // form.values
-    _unpack_kernel[(triton.cdiv(rows * per_row, step),)](
+    _unpack_kernel[(-(-rows * per_row // step),)](
         raw, out, rows * per_row, per_row, pitch, QTYPE=qtype, VALUES=form.values, SIZE=form.size, PIECES=form.pieces,
         TILE=step * form.pieces, FLAT=pitch == cols or rows == 1, num_warps=form.warps,
     )  # fmt: skip

@@ -54,8 +54,8 @@ class Offloaded:
     At most two layers are on their way out and one on its way in, which bounds the device memory they take.
     """
 
-    def __init__(self, on_host: Sequence[bool], device: torch.device, row_bytes: int = 0) -> None:
-        self._on_host, self._device, self._row_bytes = on_host, device, row_bytes
+    def __init__(self, on_host: Sequence[bool], device: torch.device) -> None:
+        self._on_host, self._device = on_host, device
         self._here = OnDevice()
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -63,6 +63,7 @@ class Offloaded:
         self._away: dict[tuple[int, int], list[Tensor]] = {}
         self._back: dict[tuple[int, int], tuple[torch.cuda.Event, list[Tensor]]] = {}
         self._refused = False
+        self.copies = 1  # more of them stand for a slower link
 
     def host_bytes(self) -> int:
         """Host memory held for activations."""
@@ -78,7 +79,7 @@ class Offloaded:
         now = torch.cuda.current_stream(self._device)
         self._out.wait_stream(now)
         with torch.cuda.stream(self._out):
-            for place, tensor in zip(places, tensors, strict=True):
+            for place, tensor in list(zip(places, tensors, strict=True)) * self.copies:
                 place.copy_(tensor, non_blocking=True)
         self._leaving.append((self._out.record_event(), tensors))
         self._away[layer, row] = places
@@ -97,7 +98,7 @@ class Offloaded:
         self._in.wait_stream(now)  # the memory just taken may still be read by work queued before
         for key, tensors in arriving.items():
             with torch.cuda.stream(self._in):
-                for place, tensor in zip(self._away.pop(key), tensors, strict=True):
+                for place, tensor in list(zip(self._away.pop(key), tensors, strict=True)) * self.copies:
                     tensor.copy_(place, non_blocking=True)
             self._back[key] = self._in.record_event(), tensors
 
@@ -126,7 +127,7 @@ class Offloaded:
             if buffer is not None:
                 torch.cuda.synchronize(self._device)
                 unlock(buffer)
-            buffer = self._buffers[key] = self._new_buffer(max(sum(sizes), self._row_bytes))
+            buffer = self._buffers[key] = self._new_buffer(sum(sizes))
         places, at = [], 0
         for tensor, size in zip(tensors, sizes, strict=True):
             whole = buffer[at : at + tensor.numel() * tensor.element_size()]

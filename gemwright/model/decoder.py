@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gemwright.errors import InputError
+from gemwright.errors import InputError, needed
 from gemwright.kernels.attend import Attention, plan
 from gemwright.kernels.cross_entropy import linear_cross_entropy
 from gemwright.kernels.dispatch import rms_norm
 from gemwright.kernels.heads import Table
 from gemwright.kernels.rope import rope_table
 from gemwright.model.cache import KVCache
-from gemwright.model.layer import Keep, LayerPass, needed
+from gemwright.model.layer import Keep, LayerPass
 from gemwright.model.lora import LoRA, lora_from_pairs
 from gemwright.model.precision import choose_dtype
 from gemwright.model.residency import Residency, UnpackedResidency

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from gemwright.errors import needed
 from gemwright.kernels.attend import Attention, Kept
 from gemwright.kernels.dispatch import (
     geglu,
@@ -29,20 +29,20 @@ from gemwright.model.lora import Linear, LoRA
 from gemwright.model.residency import GROUPS, LayerWeights
 from gemwright.spec import ModelSpec
 
-T = TypeVar("T")
-
 
 class Keep(IntEnum):
     """What the forward leaves for the backward; the rest is computed again.
 
     INPUT: the layer's input. NARROW: also the attention's and the MLP's outputs, a hidden vector a token each, which
-    spares the backward the attention and two of the four products. HEADS: also the joint projection. ALL: everything.
+    spares the backward the attention and two of the four products. HEADS: also the joint projection. PRODUCTS: also the
+    MLP's wide one, so that no product is computed twice. ALL: everything.
     """
 
     INPUT = 0
     NARROW = 1
     HEADS = 2
-    ALL = 3
+    PRODUCTS = 3
+    ALL = 4
 
 
 @dataclass
@@ -84,16 +84,19 @@ class LayerPass:
         chunk: int = 1 << 30,
     ) -> None:
         self.spec, self.table, self.attention, self._chunk, self._first = spec, table, attention, chunk, index == 0
+        self._lora, self._index = lora, index
         self._linears = {group: Linear(lora, index, group, seed) for group in GROUPS}
         self._wanted: Tensor | None = None
         self._entries: list[tuple[Tensor, Tensor]] = []
         self._chunks: list[Chunk] = []
         self._qkv: Tensor | None = None
+        self._v: Tensor | None = None
         self._heads: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._attended: Tensor | None = None
         self._kept: Kept = ()
         self._a: Tensor | None = None
         self._d: Tensor | None = None
+        self._gate_up: Tensor | None = None
         self._rstd_d: list[Tensor] = []
         self._given: list[str] = []
         self._states: Kept = ()
@@ -107,30 +110,34 @@ class LayerPass:
         computed for them alone, as the last layer needs where few positions carry a label.
         """
         self._wanted = wanted
-        self._join(weights)
+        if self._lora is not None:
+            self._lora.join(self._index, weights.matrices)
         self._attend(x_ND, weights, hold=keep == Keep.ALL)
         if keep < Keep.ALL:
-            self._heads = None
+            self._heads = self._v = None
         if keep < Keep.HEADS:
             self._qkv = None
         x = x_ND if wanted is None else x_ND.index_select(0, wanted)
         y = torch.empty_like(x)
-        a, d = (torch.empty_like(x), torch.empty_like(x)) if keep in (Keep.NARROW, Keep.HEADS) else (None, None)
+        between = Keep.INPUT < keep < Keep.ALL
+        a, d = (torch.empty_like(x), torch.empty_like(x)) if between else (None, None)
+        gate_up = x.new_empty(len(x), 2 * self.spec.mlp) if keep == Keep.PRODUCTS else None
         for index, at in enumerate(self._slices(x)):
-            chunk = self._pass_chunk(index, at, x[at], weights, a, d)
+            chunk = self._pass_chunk(index, at, x[at], weights, a, d, gate_up)
             norm, eps = weights.norms["mlp_post_norm"], self.spec.norm_eps
             self._rstd_d.append(rms_norm(chunk.d, norm, eps, residual=chunk.middle, out=y[at])[1])
             if keep == Keep.ALL:
                 self._chunks.append(chunk)
             del chunk
-        self._a, self._d = a, d
+        self._a, self._d, self._gate_up = a, d, gate_up
         if keep == Keep.INPUT:
             self._attended, self._kept = None, ()
         return y
 
     def export(self) -> list[Tensor]:
         """Give away the large tensors that are held, to be put elsewhere until `restore` brings them back."""
-        held = {"_attended": self._attended, "_a": self._a, "_d": self._d, "_qkv": self._qkv}
+        names = ("_attended", "_a", "_d", "_qkv", "_gate_up")
+        held = {name: getattr(self, name) for name in names}
         given = {name: tensor for name, tensor in held.items() if tensor is not None}
         for name in given:
             setattr(self, name, None)
@@ -149,35 +156,32 @@ class LayerPass:
 
         `x_ND` is the forward's input; `dy` is overwritten. None for the first layer, below which nothing learns.
         """
-        self._join(weights)
+        if self._lora is not None:
+            self._lora.join(self._index, weights.matrices)
         self._attend(x_ND, weights, hold=False)
         wanted = self._wanted
-        x, parts = x_ND if wanted is None else x_ND.index_select(0, wanted), []
-        for index, at in enumerate(self._slices(x)):
+        x = x_ND if wanted is None else x_ND.index_select(0, wanted)
+        slices = self._slices(x)
+        dattended = x.new_empty(len(x), self.spec.heads * self.spec.head_dim) if len(slices) > 1 else None
+        for index, at in enumerate(slices):
             chunk = self._chunks.pop(0) if self._chunks else self._pass_chunk(index, at, x[at], weights)
-            parts.append(self._chunk_backward(index, chunk, dy[at], weights))
+            part = self._chunk_backward(index, chunk, dy[at], weights)
             del chunk
-        dattended = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if dattended is None:
+                dattended = part
+            else:
+                dattended[at] = part
+        dattended = needed(dattended)
         if wanted is not None:
             dattended, dy = _everywhere(dattended, wanted, len(x_ND)), _everywhere(dy, wanted, len(x_ND))
-        dqkv = self._attention_backward(dattended, weights)
+        (q, k, v), out = self._qkv_heads(), self._out()
+        do = torch.unflatten(dattended, 1, out.shape[1:])
+        gradients = self.attention.backward(do, q, k, v, out, self._kept)
+        del q, k, v, out, do, dattended
+        self._attended, self._kept = None, ()
         for index, at in enumerate(self._slices(x_ND)):
-            room, rstd = self._entries[index] if self._entries else self._enter(index, x_ND[at], weights)
-            dnormed = self._linears["qkv"].backward(
-                dqkv[at],
-                weights.matrices["qkv"],
-                room,
-                needed(self._qkv)[at],
-                index,
-                input_gradient=not self._first,
-            )
-            if dnormed is not None:
-                rms_norm_backward(dnormed, x_ND[at], rstd, weights.norms["attn_norm"], add=dy[at], out=dy[at])
+            self._entry_backward(index, at, gradients, dy[at], x_ND[at], weights)
         return None if self._first else dy
-
-    def _join(self, weights: LayerWeights) -> None:
-        for group, linear in self._linears.items():
-            linear.join(weights.matrices[group])
 
     def _slices(self, x: Tensor) -> list[slice]:
         return [slice(at, min(at + self._chunk, len(x))) for at in range(0, len(x), self._chunk)]
@@ -202,6 +206,9 @@ class LayerPass:
         if self._heads is None:
             shape = (spec.heads, spec.kv_heads, spec.norm_eps)
             self._heads = norm_rope(self._qkv, norms["q_norm"], norms["k_norm"], self.table, *shape)
+            self._v = split_heads(self._qkv, spec.heads, spec.kv_heads)[2]
+            if len(x) > self._chunk:  # a long row computes the raw heads again, a chunk at a time
+                self._v, self._qkv = self._v.contiguous(), None
         if self._attended is None:
             out, self._kept = self.attention.forward(*self._qkv_heads())
             self._attended = self._linears["o"].room(x, len(x), out[0].numel())
@@ -209,7 +216,7 @@ class LayerPass:
 
     def _qkv_heads(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k, *_ = needed(self._heads)
-        return q, k, split_heads(needed(self._qkv), self.spec.heads, self.spec.kv_heads)[2]
+        return q, k, needed(self._v)
 
     def _out(self) -> Tensor:
         """The attention's output [N, H, E] as a view."""
@@ -217,11 +224,18 @@ class LayerPass:
         return torch.unflatten(attended[:, : spec.heads * spec.head_dim], 1, (spec.heads, spec.head_dim))
 
     def _pass_chunk(
-        self, index: int, at: slice, x: Tensor, weights: LayerWeights, a: Tensor | None = None, d: Tensor | None = None
+        self,
+        index: int,
+        at: slice,
+        x: Tensor,
+        weights: LayerWeights,
+        a: Tensor | None = None,
+        d: Tensor | None = None,
+        wide_out: Tensor | None = None,
     ) -> Chunk:
-        """Some tokens' way from the attention's output to the layer's; the two narrow products go to rows of a and d.
+        """Some tokens' way from the attention's output to the layer's; products go to their rows of a, d and wide_out.
 
-        Where they are kept from an earlier visit they are not computed again.
+        Products that are kept from an earlier visit are not computed again.
         """
         linears, matrices, norms = self._linears, weights.matrices, weights.norms
         whole, wanted = needed(self._attended), self._wanted
@@ -237,7 +251,11 @@ class LayerPass:
             rows, x, norms["attn_post_norm"], norms["mlp_norm"], self.spec.norm_eps, out=normed[:, : x.shape[1]]
         )
         linears["gate_up"].fill(normed, index)
-        gate_up = linears["gate_up"].forward(normed, matrices["gate_up"], x.new_empty(len(x), 2 * self.spec.mlp))
+        if self._gate_up is None:
+            gate_up = x.new_empty(len(x), 2 * self.spec.mlp) if wide_out is None else wide_out[at]
+            linears["gate_up"].forward(normed, matrices["gate_up"], gate_up)
+        else:
+            gate_up = self._gate_up[at]
         wide = linears["down"].room(x, len(x), self.spec.mlp)
         activated = geglu(gate_up, wide[:, : self.spec.mlp])
         linears["down"].fill(wide, index)
@@ -260,24 +278,31 @@ class LayerPass:
         da = rms_norm_backward(dy, chunk.a, chunk.rstd_a, norms["attn_post_norm"])
         return needed(linears["o"].backward(da, matrices["o"], chunk.attended, chunk.a, index))
 
-    def _attention_backward(self, dattended: Tensor, weights: LayerWeights) -> Tensor:
-        """The gradient of the joint projection [N, (H + 2K) E]."""
-        (q, k, v), out, norms = self._qkv_heads(), self._out(), weights.norms
+    def _entry_backward(
+        self,
+        index: int,
+        at: slice,
+        gradients: tuple[Tensor, Tensor, Tensor],
+        dy: Tensor,
+        x: Tensor,
+        weights: LayerWeights,
+    ) -> None:
+        """From the gradients of some tokens' heads to that of the layer's input, added to `dy`."""
+        linear, matrix, norms = self._linears["qkv"], weights.matrices["qkv"], weights.norms
+        room, rstd = self._entries[index] if self._entries else self._enter(index, x, weights)
+        known = self._qkv
+        qkv = linear.forward(room, matrix, x.new_empty(len(x), len(matrix))) if known is None else known[at]
+        dq, dk, dv = (gradient[at] for gradient in gradients)
         *_, rstd_q, rstd_k = needed(self._heads)
-        dq, dk, dv = self.attention.backward(torch.unflatten(dattended, 1, out.shape[1:]), q, k, v, out, self._kept)
-        qkv = needed(self._qkv)
-        return norm_rope_backward(
-            dq, dk, dv, qkv, (rstd_q, rstd_k), norms["q_norm"], norms["k_norm"], self.table, torch.empty_like(qkv)
+        table = (self.table[0][at], self.table[1][at])
+        dqkv = norm_rope_backward(
+            dq, dk, dv, qkv, (rstd_q[at], rstd_k[at]), norms["q_norm"], norms["k_norm"], table, torch.empty_like(qkv)
         )
+        dnormed = linear.backward(dqkv, matrix, room, qkv, index, input_gradient=not self._first)
+        if dnormed is not None:
+            rms_norm_backward(dnormed, x, rstd, norms["attn_norm"], add=dy, out=dy)
 
 
 def _everywhere(gradient: Tensor, wanted: Tensor, rows: int) -> Tensor:
     """A gradient of the wanted positions, with zeros at all others."""
     return gradient.new_zeros(rows, gradient.shape[1]).index_copy_(0, wanted, gradient)
-
-
-def needed(value: T | None) -> T:
-    """`value`, which the order of calls guarantees."""
-    if value is None:
-        raise RuntimeError("a layer was visited in the wrong order")
-    return value

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemwright.errors import InputError
+from gemwright.errors import InputError, needed
+from gemwright.kernels.dispatch import has_triton
 from gemwright.model.residency import GROUPS, Residency
 from gemwright.spec import LINEARS, ModelSpec
 
 CPU = torch.device("cpu")
 # Rows of an input with its tail stay aligned to 16 bytes, as the kernels' wide loads need.
 TAIL_STEP = 8
-# Rows of a frozen weight squared at once in fp32.
+# Rows of a frozen weight whose norms are taken at once, for which a CPU makes a copy in fp32.
 _NORM_ROWS = 1024
 
 
@@ -30,13 +31,15 @@ _NORM_ROWS = 1024
 class GroupLoRA:
     """The adapters of the linear layers in one group of one layer, as a product with a block-diagonal B.
 
-    Working copies: `a` [T, in] and `b` [out, T] (b holds the scale), where T is g rank rounded up to whole TAIL_STEPs
-    by zeros. `grad_a` [g rank, in] fp32 is a view of the flat gradient; `blocks` gives for each adapted part its rows
-    of b, its columns of b, and its B's gradient; `magnitudes`, with DoRA, its rows, its m and the gradient of m.
+    `a` [g rank, in] is a working copy, `grad_a` its gradient, views of flat vectors. `b` [out, T] is a working copy
+    that holds the scale, where T is g rank rounded up to whole TAIL_STEPs by zeros; None where it is only ever joined
+    to the weight. `blocks` gives for each adapted part its rows of b, its columns of b, and its B's gradient;
+    `magnitudes`, with DoRA, its rows, its m and the gradient of m.
     """
 
     a: Tensor
-    b: Tensor
+    b: Tensor | None
+    tail: int
     grad_a: Tensor
     blocks: list[tuple[slice, slice, Tensor]]
     magnitudes: list[tuple[slice, Tensor, Tensor]]
@@ -74,10 +77,12 @@ class LoRA:
         for name in self.names:
             torch.nn.init.kaiming_uniform_(drawn[name][0], a=math.sqrt(5), generator=generator)
         self.master, self.grad = master.to(device), torch.zeros_like(master, device=device)
+        self._copy = self.master.to(dtype) if dtype != self.master.dtype else self.master
         self._pairs, self._grads = self._views(self.master), self._views(self.grad)
         self._magnitudes, self._magnitude_grads = self._magnitude_views(self.master), self._magnitude_views(self.grad)
         self._squares: dict[tuple[int, str], Tensor] = {}
         self._gains: dict[tuple[int, str], Tensor] = {}
+        self._tables: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._groups = {(i, g): self._group(i, g, dtype) for i in range(spec.layers) for g in GROUPS}
         self.refresh()
 
@@ -121,17 +126,10 @@ class LoRA:
                     magnitudes.append((rows, self._magnitudes[name], self._magnitude_grads[name]))
             row += shapes[part][0]
         first = self._grads[f"{layer}.{parts[0]}"][0]
-        cols = shapes[parts[0]][1]
-        grad_a = first.as_strided((width, cols), (cols, 1), first.storage_offset())
-        device = self.master.device
-        tail = _padded(width)
-        return GroupLoRA(
-            torch.zeros(tail, cols, dtype=dtype, device=device),
-            torch.zeros(row, tail, dtype=dtype, device=device),
-            grad_a,
-            blocks,
-            magnitudes,
-        )
+        cols, tail = shapes[parts[0]][1], _padded(width)
+        place = ((width, cols), (cols, 1), first.storage_offset())
+        b = None if self.master.is_cuda else torch.zeros(row, tail, dtype=dtype)
+        return GroupLoRA(self._copy.as_strided(*place), b, tail, self.grad.as_strided(*place), blocks, magnitudes)
 
     def group(self, layer: int, group: str) -> GroupLoRA | None:
         """The adapters of a group, or None where none of its parts is a target."""
@@ -152,40 +150,95 @@ class LoRA:
                 group = self._groups[layer, name]
                 if group is not None:
                     rows = matrices[name][:, : group.a.shape[1]].split(_NORM_ROWS)
-                    square = self._squares[layer, name] = torch.cat([w.float().square().sum(1) for w in rows])
+                    norms = [torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) for w in rows]
+                    square = self._squares[layer, name] = torch.cat(norms).square_()
                     for own, magnitude, _ in group.magnitudes:
                         if not magnitude.any():
                             magnitude.copy_(square[own].sqrt())
             residency.release(layer)
         self._gains.clear()
 
-    def gain(self, layer: int, name: str, weight: Tensor) -> Tensor | None:
-        """DoRA's factor for each row of a group's `weight` [out, in or in + T], fp32 [out]; None for plain LoRA.
-
-        m / ||W + scale B A||, and 1 for rows without an adapter. The same until the next `refresh`.
-        """
-        group = self._groups[layer, name]
-        if group is None or not group.magnitudes:
-            return None
-        if (layer, name) not in self._gains:
-            a, b = group.a.float(), group.b.float()
-            crossed = torch.mm(weight[:, : a.shape[1]], group.a.t()).mul(2.0).add(torch.mm(b, torch.mm(a, a.t())))
-            norm = (self._squares[layer, name] + (crossed * b).sum(1)).clamp_min_(1e-30).sqrt_()
-            gain = self._gains[layer, name] = torch.ones_like(norm)
-            for rows, magnitude, _ in group.magnitudes:
-                torch.div(magnitude, norm[rows], out=gain[rows])
-        return self._gains[layer, name]
+    def gain(self, layer: int, name: str) -> Tensor | None:
+        """DoRA's factor for each row of a group, fp32 [out], as of the last `join`; None for plain LoRA."""
+        return self._gains.get((layer, name))
 
     def refresh(self) -> None:
         """Copy the masters into the working copies; call after every change of `master`."""
         self._gains.clear()
+        if self._copy is not self.master:
+            self._copy.copy_(self.master)
         for (layer, name), group in self._groups.items():
-            if group is None:
-                continue
-            width, cols = group.grad_a.shape
-            group.a[:width].copy_(self.master.as_strided((width, cols), (cols, 1), group.grad_a.storage_offset()))
-            for part, (rows, columns, _) in zip(self._parts(name), group.blocks, strict=True):
-                torch.mul(self._pairs[f"{layer}.{part}"][1], self.scale, out=group.b[rows, columns])
+            if group is not None and group.b is not None:
+                for part, (rows, columns, _) in zip(self._parts(name), group.blocks, strict=True):
+                    torch.mul(self._pairs[f"{layer}.{part}"][1], self.scale, out=group.b[rows, columns])
+
+    def join(self, layer: int, matrices: Mapping[str, Tensor]) -> None:
+        """Make ready for a visit of a layer: its B, scaled, go into the last columns of matrices with room for them.
+
+        With DoRA the gains are computed from them, once after each `refresh`.
+        """
+        self._put_b(layer, matrices)
+        for name in GROUPS if self.dora else ():
+            group = self._groups[layer, name]
+            if group is not None and (layer, name) not in self._gains:
+                self._gains[layer, name] = self._new_gain(group, self._squares[layer, name], matrices[name])
+
+    def _new_gain(self, group: GroupLoRA, square: Tensor, weight: Tensor) -> Tensor:
+        """m / ||W + scale B A|| of each row, and 1 for rows without an adapter.
+
+        The norm's square is ||w||^2 + 2 w A^T b + b A A^T b for a row w with its scaled b.
+        """
+        width, cols = group.a.shape
+        a, b = group.a.float(), (weight[:, cols:] if group.b is None else group.b)[:, :width].float()
+        crossed = torch.mm(weight[:, :cols], group.a.t()).mul(2.0).add(torch.mm(b, torch.mm(a, a.t())))
+        norm = (square + (crossed * b).sum(1)).clamp_min_(1e-30).sqrt_()
+        gain = torch.ones_like(norm)
+        for rows, magnitude, _ in group.magnitudes:
+            torch.div(magnitude, norm[rows], out=gain[rows])
+        return gain
+
+    def _put_b(self, layer: int, matrices: Mapping[str, Tensor]) -> None:
+        roomy = {name: matrices[name] for name in GROUPS if self._has_tail(layer, name, matrices[name])}
+        if not roomy:
+            return
+        first = next(iter(roomy.values()))
+        if first.is_cuda and first.dtype == torch.bfloat16 and has_triton(first.device):
+            from gemwright.kernels.triton_join import join
+
+            key = (layer, first.data_ptr())
+            if key not in self._tables:
+                self._tables[key] = self._table(layer, roomy)
+            table, rows = self._tables[key]
+            join(self.master, table, self.scale, self.rank, max(self.tails().values()), rows)
+            return
+        for name, matrix in roomy.items():
+            tail = matrix[:, matrix.shape[1] - self.tails()[name] :]
+            tail.zero_()
+            for part, (rows_of, columns, _) in zip(
+                self._parts(name), needed(self._groups[layer, name]).blocks, strict=True
+            ):
+                tail[rows_of, columns] = self._pairs[f"{layer}.{part}"][1] * self.scale
+
+    def _has_tail(self, layer: int, name: str, matrix: Tensor) -> bool:
+        group = self._groups[layer, name]
+        return group is not None and matrix.shape[1] > group.a.shape[1]
+
+    def _table(self, layer: int, matrices: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """What `triton_join.join` is told of a layer, and the most rows of a part."""
+        from gemwright.kernels.triton_join import joined_table
+
+        entries, tails = [], self.tails()
+        for name, matrix in matrices.items():
+            row, column = 0, 0
+            for part in GROUPS[name]:
+                rows, cols = self.spec.linear_shapes[part]
+                adapted = part in self.targets
+                at = int(self._pairs[f"{layer}.{part}"][1].storage_offset()) if adapted else -1
+                pitch = matrix.stride(0)
+                address = matrix.data_ptr() + matrix.element_size() * (row * pitch + cols)
+                entries.append((at, rows, address, pitch, column, tails[name]))
+                row, column = row + rows, column + self.rank * adapted
+        return joined_table(entries, self.master.device), max(entry[1] for entry in entries)
 
     def pairs(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """(A, B) of every adapted linear layer by our names: views of `master`."""
@@ -268,33 +321,28 @@ class Linear:
     """One group's product with its adapters, for one visit of one layer by one micro-batch. Keeps nothing.
 
     Its input lies in rows of in + T columns (`room`), the last ones filled with t = dropout(x) a^T. Where the weight is
-    [out, in + T] with b as its last columns (`join`), base and adapter are one product; where it is [out, in], two.
-    DoRA's gain, taken by `join`, multiplies what comes out of it and what goes back into it.
+    [out, in + T] with b as its last columns (`LoRA.join`), base and adapter are one product; else they are two. DoRA's
+    gain multiplies what comes out of it and what goes back into it.
     """
 
     def __init__(self, lora: LoRA | None, layer: int, group: str, seed: int = 0) -> None:
         self._lora, self._group = lora, lora.group(layer, group) if lora is not None else None
         self._seed = seed * len(GROUPS) + list(GROUPS).index(group)
         self._place = layer, group
-        self._gain: Tensor | None = None
 
     def room(self, x: Tensor, rows: int, width: int) -> Tensor:
         """An empty input [rows, width + T] of x's dtype on its device."""
-        tail = 0 if self._group is None else self._group.a.shape[0]
+        tail = 0 if self._group is None else self._group.tail
         return torch.empty(rows, width + tail, dtype=x.dtype, device=x.device)
-
-    def join(self, weight: Tensor) -> None:
-        """Put b into the last columns of a weight that has them; the first thing in every visit."""
-        if self._group is not None and weight.shape[1] > self._group.a.shape[1]:
-            weight[:, self._group.a.shape[1] :].copy_(self._group.b)
-        self._gain = None if self._lora is None else self._lora.gain(*self._place, weight)
 
     def fill(self, room: Tensor, chunk: int = 0) -> None:
         """Compute t from the x that lies in `room`."""
         if self._group is not None:
             x, t = self._split(room)
-            mask = self._mask(x, chunk)
-            torch.mm(x if mask is None else x * mask, self._group.a.t(), out=t)
+            mask, width = self._mask(x, chunk), self._group.a.shape[0]
+            torch.mm(x if mask is None else x * mask, self._group.a.t(), out=t[:, :width])
+            if width < t.shape[1]:
+                t[:, width:] = 0
 
     def forward(self, room: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """Write y [rows, out] = x W^T + t b^T of a filled `room`, times the gain, to `out` and return it."""
@@ -302,12 +350,12 @@ class Linear:
             torch.mm(room, weight.t(), out=out)
         else:
             x, t = self._split(room)
-            torch.mm(x, weight.t(), out=out).addmm_(t, self._group.b.t())
-        return out if self._gain is None else out.mul_(self._gain)
+            torch.mm(x, weight.t(), out=out).addmm_(t, needed(self._group.b).t())
+        return out if (gain := self._gain()) is None else out.mul_(gain)
 
     def gradient_room(self, y: Tensor) -> Tensor:
         """Where the gradient of y may be written: over y, unless the magnitudes' gradient still needs it."""
-        return y if self._gain is None else torch.empty_like(y)
+        return y if self._gain() is None else torch.empty_like(y)
 
     def backward(
         self, dy: Tensor, weight: Tensor, room: Tensor, y: Tensor, chunk: int = 0, *, input_gradient: bool = True
@@ -319,24 +367,39 @@ class Linear:
         group = self._group
         if group is None or self._lora is None:
             return torch.mm(dy, weight) if input_gradient else None
-        if self._gain is not None:
+        if (gain := self._gain()) is not None:
             _add_magnitudes(group, dy, y)
-            dy.mul_(self._gain)
+            dy.mul_(gain)
         x, t = self._split(room)
         joined = weight.shape[1] == room.shape[1]
         both = torch.mm(dy, weight) if joined and input_gradient else None
-        dt = both[:, x.shape[1] :] if both is not None else torch.mm(dy, group.b)
-        mask = self._mask(x, chunk)
-        _add_product(group.grad_a, dt[:, : group.grad_a.shape[0]].t(), x if mask is None else x * mask)
-        db_t = torch.mm(t.t(), dy)
-        for rows, columns, grad_b in group.blocks:
-            grad_b.add_(db_t[columns, rows].t(), alpha=self._lora.scale)
+        if both is not None:
+            dt = both[:, x.shape[1] :]
+        else:
+            dt = torch.mm(dy, weight[:, x.shape[1] :] if joined else needed(group.b))
+        mask, width = self._mask(x, chunk), group.a.shape[0]
+        dt = dt[:, :width]
+        _add_product(group.grad_a, dt.t(), x if mask is None else x * mask)
+        self._add_b(group, dy, t, self._lora.scale)
         if not input_gradient:
             return None
         dx = torch.mm(dy, weight) if both is None else both[:, : x.shape[1]]
         if mask is None:
             return dx.addmm_(dt, group.a)
         return dx.add_(torch.mm(dt, group.a).mul_(mask))
+
+    def _gain(self) -> Tensor | None:
+        return None if self._lora is None else self._lora.gain(*self._place)
+
+    @staticmethod
+    def _add_b(group: GroupLoRA, dy: Tensor, t: Tensor, scale: float) -> None:
+        if dy.is_cuda:
+            for rows, columns, grad_b in group.blocks:
+                _add_product(grad_b, dy[:, rows].t(), t[:, columns], scale)
+            return
+        db_t = torch.mm(t.t(), dy)  # on a CPU faster with the thin side first
+        for rows, columns, grad_b in group.blocks:
+            grad_b.add_(db_t[columns, rows].t(), alpha=scale)
 
     def _split(self, room: Tensor) -> tuple[Tensor, Tensor]:
         width = room.shape[1] if self._group is None else self._group.a.shape[1]
@@ -360,9 +423,9 @@ def _add_magnitudes(group: GroupLoRA, dy: Tensor, y: Tensor) -> None:
         gradient.add_(torch.where(magnitude == 0, 0.0, total[rows] / magnitude))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (fp32) += left right, summed in fp32 throughout where the device's products can add to it."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """total (fp32) += scale left right, summed in fp32 throughout where the device's products can add to it."""
     if total.is_cuda and left.dtype != torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        torch.addmm(total, left, right, alpha=scale, out_dtype=torch.float32, out=total)
     else:
-        total.add_(torch.mm(left, right))
+        total.add_(torch.mm(left, right), alpha=scale)

@@ -13,8 +13,10 @@ from gemwright.errors import InputError
 Precision = Literal["auto", "bf16", "fp32"]
 
 
-def choose_dtype(precision: str) -> torch.dtype:
+def choose_dtype(precision: str, device: torch.device | None = None) -> torch.dtype:
     """The dtype for `auto`, `bf16` or `fp32`; float16 is refused, since Gemma 3's activations overflow it."""
+    if precision == "auto" and device is not None and device.type == "cuda":
+        return torch.bfloat16
     if precision == "auto":
         return torch.bfloat16 if _bf16_is_faster() else torch.float32
     if precision not in ("bf16", "fp32"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -128,19 +127,14 @@ def make_row(
 
 
 def steps(
-    spec: ModelSpec,
     examples: Sequence[Encoded],
     seq: int,
     rows_per_step: int,
     seed: int,
-    *,
-    joined: int = 1,
-    device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[tuple[float, list[Row]]]:
-    """Endless steps of up to `rows_per_step` rows, each with the epochs passed after it; none spans two epochs.
+) -> Iterator[tuple[float, list[list[Encoded]]]]:
+    """Endless steps of up to `rows_per_step` rows of documents, each with the epochs passed after it.
 
-    Up to `joined` packed rows make one micro-batch: documents do not see each other, so only speed and memory change.
+    No step spans two epochs.
     """
     epoch = 0
     while True:
@@ -148,6 +142,5 @@ def steps(
         for start in range(0, len(rows), rows_per_step):
             chosen = rows[start : start + rows_per_step]
             passed = epoch + (start + len(chosen)) / len(rows)
-            together = [list(chain(*chosen[i : i + joined])) for i in range(0, len(chosen), joined)]
-            yield passed, [make_row(spec, [examples[i] for i in members], device, dtype) for members in together]
+            yield passed, [[examples[i] for i in members] for members in chosen]
         epoch += 1

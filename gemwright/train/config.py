@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gemwright.errors import InputError
+from gemwright.report import bytes_of
 from gemwright.spec import LINEARS
 
 
@@ -44,6 +45,11 @@ class TrainConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     precision: str = "auto"
     recompute: Literal["auto", "always", "never"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    vram: int | None = Field(None, gt=0)
+    residency: Literal["auto", "resident", "streamed"] = "auto"
+    source: Literal["auto", "mapped", "pinned", "pageable"] = "auto"
+    deterministic: bool = False
     threads: int | None = Field(None, ge=1)
 
     def __init__(self, **settings: Any) -> None:
@@ -54,6 +60,11 @@ class TrainConfig(BaseModel):
             name = str(first["loc"][0]).replace("_", "-")
             what = f"{first['input']!r} is not possible ({first['msg'].lower()})"
             raise InputError(what, where=f"--{name}", fix="See 'gemwright tune --help'.") from None
+
+    @field_validator("vram", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        return bytes_of(value) if isinstance(value, str) else value
 
     @field_validator("targets", mode="before")
     @classmethod

@@ -7,37 +7,42 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from gemwright.errors import InputError, MachineError
-from gemwright.model.decoder import Gemma
-from gemwright.model.layer import Keep
-from gemwright.model.lora import LoRA
+from gemwright.model.lora import LoRA, check_targets
 from gemwright.model.precision import choose_dtype
-from gemwright.model.residency import UnpackedResidency
+from gemwright.report import say, size
 from gemwright.runs import RunFolder
 from gemwright.text.tokenizer import Tokenizer
-from gemwright.train.batches import Encoded, encode_file, pack, steps
+from gemwright.train.batches import Encoded, Row, encode_file, pack, steps
 from gemwright.train.config import TrainConfig
-from gemwright.train.memory import activation_bytes, keep_freed_memory, peak_rss_bytes, rss_bytes, spare_bytes
+from gemwright.train.memory import peak_rss_bytes, rss_bytes
 from gemwright.train.optimizer import Optimizer, learning_rate
 from gemwright.train.plot import plot_loss
-from gemwright.train.step import Work, forward_backward
+from gemwright.train.setup import Setup, choose_device, set_up, shrink, use_expandable_segments
+from gemwright.train.step import StepLoss, forward_backward
 from gemwright.weights.gguf_writer import write_gguf_lora
 from gemwright.weights.model_file import ModelFile, open_model
 from gemwright.weights.peft_files import write_peft_adapter
 from gemwright.weights.pull import resolve_model
 
 RECENT = 10
+# A prediction further from the measured peak than this is said aloud.
+PEAK_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a fine-tune stands. `loss` in nats a labelled token; `tokens_per_s` counts every token, labelled or not."""
+    """Where a fine-tune stands. `loss` in nats a labelled token; `tokens_per_s` counts every token, labelled or not.
+
+    `waiting` is the share of the last step that the device waited for weights, `device_bytes` what PyTorch holds there.
+    """
 
     phase: Literal["preparing", "training", "saving"]
     step: int
@@ -47,6 +52,8 @@ class Progress:
     tokens_per_s: float
     eta_s: float
     rss_bytes: int
+    waiting: float = 0.0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,94 +78,118 @@ def tune(config: TrainConfig, on_progress: Callable[[Progress], None] | None = N
     """Fine-tune and write the run folder: config, metrics, plot, the adapter as PEFT folder and as GGUF.
 
     Everything that can be wrong with the input is found before the folder is made. Ctrl-C saves what is trained so far.
-    Raises InputError for bad data, model or settings, MachineError where the machine or the arithmetic fails.
+    Raises InputError for bad data, model or settings, DoesNotFit where the video memory is too small for the smallest
+    arrangement, MachineError where the machine or the arithmetic fails.
     """
     report = on_progress or (lambda progress: None)
     report(Progress("preparing", 0, 0, math.nan, 0.0, 0.0, 0.0, rss_bytes()))
     if config.threads:
         torch.set_num_threads(config.threads)
-    dtype = choose_dtype(config.precision)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.precision, device)
     file = open_model(resolve_model(config.model))
     if config.seq > file.spec.context:
         raise InputError(
             f"{config.seq} tokens exceed the model's context", where="--seq", fix=f"Use {file.spec.context} at most."
         )
-    lora = LoRA(
-        file.spec,
-        config.rank,
-        config.scaled_alpha,
-        config.targets,
-        dtype=dtype,
-        dropout=config.dropout,
-        seed=config.seed,
-        stabilised=config.rslora,
-        dora=config.dora,
-    )
+    check_targets(file.spec, config.rank, config.targets)
     examples = encode_file(config.data, Tokenizer.from_model(file).encode, config.train_on, config.seq)
-    run = RunFolder.create(config.out, _record(config, file, dtype, examples))
-    try:
-        return _train(config, file, lora, dtype, examples, run, report)
-    finally:
-        run.release()
+    use_expandable_segments()
+    setup = set_up(config, file, device, dtype)
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(file.sha256)
+        run = RunFolder.create(config.out, _record(config, file, setup, examples))
+        try:
+            return _train(config, file, setup, examples, run, report, digest)
+        finally:
+            run.release()
+            setup.close()
 
 
-def _record(config: TrainConfig, file: ModelFile, dtype: torch.dtype, examples: list[Encoded]) -> dict[str, object]:
-    return config.model_dump(mode="json") | {
+def _record(config: TrainConfig, file: ModelFile, setup: Setup, examples: list[Encoded]) -> dict[str, object]:
+    plan = setup.arrangement
+    record = config.model_dump(mode="json") | {
         "alpha": config.scaled_alpha,
-        "compute": str(dtype).removeprefix("torch."),
+        "compute": str(setup.dtype).removeprefix("torch."),
+        "device": setup.device.type,
         "examples": len(examples),
-        "base": {"path": str(file.path), "sha256": file.sha256(), "size": file.spec.name, "type": file.quantization},
+        "base": {"path": str(file.path), "size": file.spec.name, "type": file.quantization},
     }
+    return record if plan is None else record | {"plan": plan.summary()}
 
 
 def _train(
     config: TrainConfig,
     file: ModelFile,
-    lora: LoRA,
-    dtype: torch.dtype,
+    setup: Setup,
     examples: list[Encoded],
     run: RunFolder,
     report: Callable[[Progress], None],
+    digest: Future[str],
 ) -> TuneResult:
-    keep_freed_memory()
-    spare = spare_bytes()
-    activations = activation_bytes(file.spec, config.seq * config.rows_per_step, dtype.itemsize)
-    recompute = config.recompute == "always" or (config.recompute == "auto" and activations > spare // 2)
-    model = Gemma(UnpackedResidency(file, dtype, spare - (0 if recompute else activations)), lora)
-    work = Work(Keep.INPUT if recompute else Keep.ALL)
+    lora = setup.lora
     optimizer = Optimizer(lora, config.weight_decay, config.clip)
     rows_an_epoch = len(pack(examples, config.seq, config.seed, 0))
     planned = math.ceil(config.epochs * math.ceil(rows_an_epoch / config.rows_per_step))
     total = config.max_steps or planned
-    batches = steps(file.spec, examples, config.seq, config.rows_per_step, config.seed, dtype=dtype)
+    batches = itertools.islice(steps(examples, config.seq, config.rows_per_step, config.seed), total)
     losses: list[float] = []
     recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
-    steady_tokens, steady_s = 0, 0.0
-    report(Progress("training", 0, total, math.nan, 0.0, 0.0, 0.0, rss_bytes()))
+    steady_tokens, steady_s, shrunk = 0, 0.0, False
+    at = Progress("training", 0, total, math.nan, 0.0, 0.0, 0.0, rss_bytes())
+    report(at)
     try:
-        for step, (epoch, rows) in enumerate(itertools.islice(batches, total)):
+        epoch, packed = next(batches)
+        rows = setup.rows(packed)
+        for step in range(total):
             start = time.perf_counter()
             rate = learning_rate(step, total, config.lr, config.warmup, config.schedule)
-            done = forward_backward(model, rows, work, seed=config.seed + step)
+            done = _attempt(setup, rows, config.seed + step)
+            if done is None:
+                if shrunk:
+                    break
+                shrunk, setup = True, shrink(setup, config, file)
+                rows = setup.rows(packed)
+                say("video memory ran out: others took what was counted on; going on with less of it")
+                done = _attempt(setup, rows, config.seed + step)
+                if done is None:
+                    break
+            passed = epoch
+            epoch, packed = next(batches, (epoch, []))
+            rows = setup.rows(packed)  # while the device still works on this step
             loss = done.loss
             norm = optimizer.update(rate, loss)
             step_s = time.perf_counter() - start
+            waiting = setup.waited_s() / step_s
             recent.append((done.tokens, step_s))
-            if step:  # the first step also unpacks what is kept unpacked
+            if step:  # the first step also fills what is kept
                 steady_tokens, steady_s = steady_tokens + done.tokens, steady_s + step_s
             losses.append(loss)
             speed = sum(t for t, _ in recent) / sum(s for _, s in recent)
-            row = {"step": step + 1, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": norm}
+            row = {"step": step + 1, "epoch": passed, "loss": loss, "lr": rate, "grad_norm": norm}
             row |= {"tokens": done.tokens, "labelled": done.labelled, "step_s": step_s, "tokens_per_s": speed}
-            run.log(row | {"rss_bytes": rss_bytes(), "skipped": optimizer.skipped_in_a_row > 0})
+            row |= {"rss_bytes": rss_bytes(), "device_bytes": setup.held_bytes(), "waiting": waiting}
+            run.log(row | {"skipped": optimizer.skipped_in_a_row > 0})
             eta_s = (total - step - 1) * sum(s for _, s in recent) / len(recent)
-            report(Progress("training", step + 1, total, loss, rate, speed, eta_s, rss_bytes()))
+            at = Progress(
+                "training", step + 1, total, loss, rate, speed, eta_s, rss_bytes(), waiting, setup.held_bytes()
+            )
+            report(at)
+            if step == 0:
+                _compare(setup)
             if optimizer.skipped_in_a_row == config.patience:
                 break
     except KeyboardInterrupt:
         if not losses:
             raise
-    report(Progress("saving", len(losses), total, losses[-1], 0.0, 0.0, 0.0, rss_bytes()))
+    finally:
+        setup.close()
+    if not losses:
+        raise MachineError(
+            "video memory ran out in the first step", fix="Close other programs, or use a smaller --vram."
+        )
+    report(replace(at, phase="saving"))
+    run.amend({"base": {"sha256": digest.result()}})
     save_adapter(run, lora, file, config)
     plot_loss(run.metrics(), run.plot)
     if optimizer.skipped_in_a_row == config.patience:
@@ -166,6 +197,12 @@ def _train(
             f"loss or gradient was not a number {config.patience} times in a row; the adapter before that is saved",
             where=run.path,
             fix="Lower --lr or look for broken examples.",
+        )
+    if done is None:
+        raise MachineError(
+            "video memory ran out twice; what was trained until then is saved",
+            where=run.path,
+            fix="Close other programs, or use a smaller --vram.",
         )
     last = losses[-max(1, len(losses) // 10) :]
     speed = steady_tokens / steady_s if steady_s else recent[0][0] / recent[0][1]
@@ -178,8 +215,25 @@ def _train(
         sum(last) / len(last),
         speed,
         peak_rss_bytes(),
-        0,
+        setup.peak_bytes(),
     )
+
+
+def _attempt(setup: Setup, rows: list[Row], seed: int) -> StepLoss | None:
+    """A step's forward and backward, or None (and no gradient) where the device's memory ran out."""
+    try:
+        return forward_backward(setup.model, rows, setup.work, setup.store, seed=seed)
+    except torch.OutOfMemoryError:
+        pass
+    setup.lora.grad.zero_()
+    return None
+
+
+def _compare(setup: Setup) -> None:
+    """Say how the peak of the first step compares with the prediction, where that was wrong."""
+    plan, peak = setup.arrangement, setup.peak_bytes()
+    if plan is not None and abs(peak / plan.predicted_bytes - 1) > PEAK_TOLERANCE:
+        say(f"predicted peak {size(plan.predicted_bytes)} of video memory, measured {size(peak)}")
 
 
 def save_adapter(run: RunFolder, lora: LoRA, file: ModelFile, config: TrainConfig) -> None:

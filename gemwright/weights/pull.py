@@ -91,9 +91,7 @@ def pull_random(
     _check_space(path, total + _FILE_ROOM)
     speaker = _local(catalogue.CATALOGUE["270m"])
     words = "with the 270M's tokenizer" if speaker else "without a tokenizer ('gemwright pull 270m' first gives one)"
-    report(
-        f"random weights in the shapes of Gemma 3 {size}, {qtype}, {words}: for measuring, what they answer means nothing"
-    )
+    report(f"random weights in the shapes of Gemma 3 {size}, {qtype}, {words}: to measure with, not to talk with")
     tokenizer = None if speaker is None else open_gguf(speaker)
     write_random_gguf(path, spec, qtype, seed, tokenizer, lambda written: on_progress("writing", written / total))
     on_progress("hashing", 0.0)

@@ -82,14 +82,14 @@ def test_positions_begin_anew_in_each_document() -> None:
 @given(Lengths, st.integers(1, 5), st.integers(0, 99))
 def test_steps_go_through_whole_epochs(lengths: list[int], rows_per_step: int, seed: int) -> None:
     made = [Encoded([BOS, 100 + i, *[7] * (n - 1)], [False] + [True] * n) for i, n in enumerate(lengths)]
-    stream = steps(SPEC, made, SEQ + 1, rows_per_step, seed)
+    stream = steps(made, SEQ + 1, rows_per_step, seed)
     for epoch in (1, 2):
         seen: list[int] = []
         passed = 0.0
         while passed < epoch:
             passed, rows = next(stream)
             assert 1 <= len(rows) <= rows_per_step and epoch - 1 < passed <= epoch
-            seen += [int(i) - 100 for row in rows for i in row.ids if i >= 100]
+            seen += [int(i) - 100 for row in rows for document in row for i in document.ids if i >= 100]
         assert sorted(seen) == list(range(len(lengths)))
 
 

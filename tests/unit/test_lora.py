@@ -86,7 +86,7 @@ def test_a_group_is_its_linears_side_by_side(group: str, targets: tuple[str, ...
         if joined:
             used = torch.full((len(weight), weight.shape[1] + lora.tails()[group]), torch.nan)
             used[:, : weight.shape[1]] = weight
-            linear.join(used)
+            lora.join(1, {name: used if name == group else torch.empty(1, 1) for name in GROUPS})
         room = filled(linear, x.detach())
         y = linear.forward(room, used, torch.empty_like(right))
         torch.testing.assert_close(y, right)
@@ -123,7 +123,7 @@ def test_dora_is_the_papers_formula(group: str, targets: tuple[str, ...], joined
     right = torch.cat(pieces, 1)
     right.backward(dy)
     linear = Linear(lora, 1, group)
-    linear.join(weights.matrices[group])
+    lora.join(1, weights.matrices)
     room = filled(linear, x.detach())
     y = linear.forward(room, weights.matrices[group], torch.empty_like(right))
     torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-4)
@@ -143,16 +143,19 @@ def test_new_dora_changes_nothing_and_has_the_weights_own_magnitudes(dtype: torc
     assert lora.master.numel() == parameters(SPEC, RANK, ("q", "down"), dora=True)
     assert lora.magnitudes().keys() == {"0.q", "0.down", "1.q", "1.down"}
     torch.testing.assert_close(lora.magnitudes()["1.down"], weights.matrices["down"].float().norm(dim=1))
+    lora.join(0, weights.matrices)
     for group in ("qkv", "down"):
-        gain = lora.gain(0, group, weights.matrices[group])
+        gain = lora.gain(0, group)
         assert gain is not None and torch.equal(gain, torch.ones(len(weights.matrices[group])))
-    assert lora.gain(0, "o", weights.matrices["o"]) is None
+    assert lora.gain(0, "o") is None
     with_b = lora.master.clone().add_(0.5)
     lora.master.copy_(with_b)
     lora.refresh()
     lora.measure(weights)  # type: ignore[arg-type]  # magnitudes that are there stay
     assert torch.equal(lora.master, with_b)
-    gain = lora.gain(0, "down", weights.matrices["down"])
+    assert lora.gain(0, "down") is None  # as of no join since
+    lora.join(0, weights.matrices)
+    gain = lora.gain(0, "down")
     assert gain is not None and not torch.isclose(gain, torch.ones(len(gain))).any()
 
 
@@ -162,7 +165,7 @@ def test_a_frozen_row_of_zeros_stays_finite_under_dora() -> None:
     weights.matrices["o"][3] = 0
     lora.measure(weights)  # type: ignore[arg-type]
     linear = Linear(lora, 0, "o")
-    linear.join(weights.matrices["o"])
+    lora.join(0, weights.matrices)
     room = filled(linear, torch.randn(4, 8))
     y = linear.forward(room, weights.matrices["o"], torch.empty(4, 12))
     dx = linear.backward(torch.randn(4, 12), weights.matrices["o"], room, y)

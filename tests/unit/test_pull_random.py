@@ -44,7 +44,7 @@ def test_every_type_opens_as_what_it_is(home: Path, qtype: str) -> None:
     assert got.quantization == {"F32": "ALL_F32"}.get(qtype, qtype).removeprefix("ALL_")
     assert said == [
         f"random weights in the shapes of Gemma 3 1b, {qtype}, without a tokenizer ('gemwright pull 270m' first gives "
-        "one): for measuring, what they answer means nothing"
+        "one): to measure with, not to talk with"
     ]
     assert {phase for phase, _ in seen} == {"writing", "hashing"}
     written = [share for phase, share in seen if phase == "writing"]

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed: it exists for Linux on x86-64")
+pytest.importorskip("triton", reason="triton is not installed: it exists for Linux on x86-64")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -26,13 +27,14 @@ from gemwright.kernels import (
     triton_cross_entropy,
     triton_geglu,
     triton_heads,
+    triton_join,
     triton_norm,
     triton_ops,
     triton_unpack,
 )
 from gemwright.kernels.cross_entropy import Running
 
-MODULES = (triton_cross_entropy, triton_geglu, triton_heads, triton_norm, triton_unpack)
+MODULES = (triton_cross_entropy, triton_geglu, triton_heads, triton_join, triton_norm, triton_unpack)
 SHARED_BYTES = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; the other generations have more
 CAPABILITIES = (80, 86, 89, 90, 120)  # A100, RTX 30, RTX 40, H100, RTX 50
 TYPES = {
@@ -147,13 +149,17 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     noted: list[Launch] = []
     for name, (module, kernel) in kernels().items():
         monkeypatch.setattr(module, name, Recorder(kernel, noted))
-    run_rows(5376, 21504)
+    for width, mlp in ((5376, 21504), (640, 2048)):  # one row a program, several rows a program
+        run_rows(width, mlp)
     run_heads(32, 16, 128)
     run_heads(8, 4, 256)
     for dtype, width in ((torch.bfloat16, 16384), (torch.float32, 16384), (torch.bfloat16, 4096)):
         run_softmax(dtype, width)
     for qtype in triton_unpack.FORMATS:
         run_unpack(qtype)
+    for rank in (3, 16, 128):
+        master, table = meta(1 << 20, dtype=torch.float32), meta(7, 6, dtype=torch.int64)
+        triton_join.join(master, table, 1.0, rank, 3 * rank + 5, 21_504)
     monkeypatch.undo()
     yield noted
 

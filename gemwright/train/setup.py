@@ -1,0 +1,240 @@
+"""Puts a fine-tune on its device: residency, activations and layout of work, on a CPU or under a budget on a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from gemwright.errors import InputError, MachineError
+from gemwright.model.activations import Activations, Offloaded, OnDevice
+from gemwright.model.decoder import Gemma
+from gemwright.model.layer import Keep
+from gemwright.model.lora import LoRA
+from gemwright.model.residency import UnpackedResidency
+from gemwright.model.sources import LayerBytes
+from gemwright.model.streamed import StreamedResidency, spread
+from gemwright.train.arrange import MIB, Arrangement, Card, Job, arrange
+from gemwright.train.batches import Encoded, Row, make_row
+from gemwright.train.config import TrainConfig
+from gemwright.train.memory import activation_bytes, keep_freed_memory, spare_bytes
+from gemwright.train.step import Work
+from gemwright.weights.model_file import ModelFile
+
+# What is left to the desktop and to CUDA itself where nobody says how much may be used.
+MARGIN_BYTES = 512 * MIB
+
+
+@dataclass
+class Setup:
+    """A model ready to train; `joined` packed rows make one micro-batch."""
+
+    model: Gemma
+    work: Work
+    store: Activations
+    device: torch.device
+    dtype: torch.dtype
+    joined: int = 1
+    arrangement: Arrangement | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self, packed: Sequence[Sequence[Encoded]]) -> list[Row]:
+        """The micro-batches of a step from its packed rows of documents."""
+        groups = [packed[i : i + self.joined] for i in range(0, len(packed), self.joined)]
+        spec = self.model.spec
+        return [make_row(spec, [d for row in group for d in row], self.device, self.dtype) for group in groups]
+
+    @property
+    def lora(self) -> LoRA:
+        """What is trained."""
+        if self.model.lora is None:
+            raise RuntimeError("a model without adapters does not train")
+        return self.model.lora
+
+    def held_bytes(self) -> int:
+        """What PyTorch holds on the device now."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    def waited_s(self) -> float:
+        """Seconds that the device waited for weights since last asked."""
+        residency = self.model.residency
+        return residency.waited_s() if isinstance(residency, StreamedResidency) else 0.0
+
+    def peak_bytes(self) -> int:
+        """The most that PyTorch held on the device."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    def close(self) -> None:
+        """Give device and host memory back."""
+        for part in (self.model.residency, self.store):
+            if isinstance(part, (StreamedResidency, Offloaded)):
+                part.close()
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; InputError where there is none of that kind."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("PyTorch finds no CUDA device", where="--device", fix="Use --device cpu, or check the driver.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        if wanted == "cuda":
+            name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+            what = f"{name} (compute capability {major}.{minor}) has no bf16 arithmetic, and Gemma 3 overflows fp16"
+            raise InputError(what, where="--device", fix="Use --device cpu.")
+        return torch.device("cpu")
+    return device
+
+
+def job_of(config: TrainConfig, file: ModelFile) -> Job:
+    """What the configuration asks the GPU to hold."""
+    largest = max(LayerBytes(file, i).size for i in range(file.spec.layers))
+    return Job(
+        file.spec,
+        largest,
+        file.tensors["embed"].data.numel(),
+        config.rank,
+        config.targets,
+        config.seq,
+        config.rows_per_step,
+        deterministic=config.deterministic,
+        dora=config.dora,
+    )
+
+
+def budget_bytes(vram: int | None, device: torch.device) -> int:
+    """Bytes that PyTorch may hold: those asked for, or what is free less a margin for the desktop."""
+    free, total = torch.cuda.mem_get_info(device)
+    if vram is None:
+        return free + torch.cuda.memory_reserved(device) - MARGIN_BYTES
+    if vram > total:
+        what = (
+            f"{vram / 2**30:.2f} GiB are more than the {total / 2**30:.2f} GiB of {torch.cuda.get_device_name(device)}"
+        )
+        raise InputError(what, where="--vram", fix="Leave it out to use what is free.")
+    return vram
+
+
+def set_up(config: TrainConfig, file: ModelFile, device: torch.device, dtype: torch.dtype) -> Setup:
+    """Load a model and new adapters for training on `device`; on a GPU exactly as `arrange` lays it out."""
+    if device.type == "cpu":
+        return _on_cpu(config, file, new_lora(config, file, device, dtype), dtype)
+    plan = plan_for(config, file, device)
+    return on_gpu(plan, config, file, new_lora(config, file, device, dtype), device, dtype)
+
+
+def new_lora(config: TrainConfig, file: ModelFile, device: torch.device, dtype: torch.dtype) -> LoRA:
+    """Adapters as configured, which change nothing yet."""
+    return LoRA(
+        file.spec,
+        config.rank,
+        config.scaled_alpha,
+        config.targets,
+        dtype=dtype,
+        dropout=config.dropout,
+        seed=config.seed,
+        stabilised=config.rslora,
+        dora=config.dora,
+        device=device,
+    )
+
+
+def _on_cpu(config: TrainConfig, file: ModelFile, lora: LoRA, dtype: torch.dtype) -> Setup:
+    keep_freed_memory()
+    spare = spare_bytes()
+    activations = activation_bytes(file.spec, config.seq * config.rows_per_step, dtype.itemsize)
+    recompute = config.recompute == "always" or (config.recompute == "auto" and activations > spare // 2)
+    model = Gemma(UnpackedResidency(file, dtype, spare - (0 if recompute else activations)), lora)
+    return Setup(model, Work(Keep.INPUT if recompute else Keep.ALL), OnDevice(), torch.device("cpu"), dtype)
+
+
+def plan_for(
+    config: TrainConfig, file: ModelFile, device: torch.device, budget: int | None = None, link_share: float = 1.0
+) -> Arrangement:
+    """The arrangement for this card, with nothing loaded yet; as if its link had that share of its speed.
+
+    Raises DoesNotFit.
+    """
+    budget = budget_bytes(config.vram, device) if budget is None else budget
+    total = torch.cuda.get_device_properties(device).total_memory
+    card = probe(device)
+    card = card._replace(link=card.link * link_share)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    host_free = psutil.virtual_memory().available - file.bytes()
+    keeps = {"always": (Keep.INPUT,), "never": (Keep.PRODUCTS,), "auto": tuple(Keep)[:-1]}[config.recompute]
+    return arrange(job_of(config, file), budget, card, host_free, residency=config.residency, keeps=keeps)
+
+
+def on_gpu(
+    plan: Arrangement, config: TrainConfig, file: ModelFile, lora: LoRA, device: torch.device, dtype: torch.dtype
+) -> Setup:
+    """Load a model as `plan` says."""
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    residency = StreamedResidency(
+        file,
+        device,
+        dtype=dtype,
+        tails=lora.tails(),
+        resident=spread(plan.resident, file.spec.layers),
+        slots=plan.slots,
+        source=config.source,
+        head_rows=plan.head_rows,
+    )
+    work = Work(plan.keep, plan.chunk, plan.positions, plan.head_rows)
+    store = Offloaded(plan.on_host, device)
+    return Setup(Gemma(residency, lora), work, store, device, dtype, plan.joined, plan)
+
+
+def probe(device: torch.device) -> Card:
+    """Measure, in some hundredths of a second, the card's matrix products and its link."""
+    side, block = 4096, 64 * MIB
+    x = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    host = torch.empty(block, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(block, dtype=torch.uint8, device=device)
+    product_s = _seconds(lambda: torch.mm(x, x))
+    copy_s = _seconds(lambda: there.copy_(host, non_blocking=True))
+    return Card(0.85 * 2 * side**3 / product_s, block / copy_s)
+
+
+def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return float(sorted(times)[len(times) // 2])
+
+
+def shrink(setup: Setup, config: TrainConfig, file: ModelFile) -> Setup:
+    """A smaller arrangement of the same step, after memory that was counted on was taken by others."""
+    device, dtype, plan = setup.device, setup.dtype, setup.arrangement
+    setup.close()
+    setup.model.residency, setup.store = _Gone(), OnDevice()  # type: ignore[assignment]
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    had = plan.predicted_bytes if plan else 0
+    budget = min(int(had * 0.85), free + torch.cuda.memory_reserved(device) - MARGIN_BYTES)
+    if budget <= 0:
+        raise MachineError("other programs took the video memory", fix="Close them, or use a smaller --vram.")
+    return on_gpu(plan_for(config, file, device, budget), config, file, setup.lora, device, dtype)
+
+
+class _Gone:
+    """Stands where a closed residency was."""
+
+
+def use_expandable_segments() -> None:
+    """Have PyTorch's allocator grow its blocks instead of leaving gaps between them; before the first allocation."""
+    if sys.platform == "linux" and torch.cuda.is_available():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
