@@ -269,13 +269,14 @@ class LayerPass:
         """From the gradient of the layer's output to that of the attention's, returned, and of x past it, in `dy`."""
         linears, matrices, norms = self._linears, weights.matrices, weights.norms
         dd = rms_norm_backward(dy, chunk.d, self._rstd_d[index], norms["mlp_post_norm"])
-        dwide = needed(linears["down"].backward(dd, matrices["down"], chunk.wide, index))
-        geglu_backward(dwide, chunk.gate_up, chunk.activated, chunk.gate_up)
+        dwide = needed(linears["down"].backward(dd, matrices["down"], chunk.wide, chunk.d, index))
+        dboth, both = linears["gate_up"].gradient_room(chunk.gate_up), chunk.gate_up
+        geglu_backward(dwide, both, chunk.activated, dboth)
         del dwide
-        dnormed = needed(linears["gate_up"].backward(chunk.gate_up, matrices["gate_up"], chunk.normed, index))
+        dnormed = needed(linears["gate_up"].backward(dboth, matrices["gate_up"], chunk.normed, both, index))
         rms_norm_backward(dnormed, chunk.middle, chunk.rstd, norms["mlp_norm"], add=dy, out=dy)
         da = rms_norm_backward(dy, chunk.a, chunk.rstd_a, norms["attn_post_norm"])
-        return needed(linears["o"].backward(da, matrices["o"], chunk.attended, index))
+        return needed(linears["o"].backward(da, matrices["o"], chunk.attended, chunk.a, index))
 
     def _entry_backward(
         self,
@@ -297,7 +298,7 @@ class LayerPass:
         dqkv = norm_rope_backward(
             dq, dk, dv, qkv, (rstd_q[at], rstd_k[at]), norms["q_norm"], norms["k_norm"], table, torch.empty_like(qkv)
         )
-        dnormed = linear.backward(dqkv, matrix, room, index, input_gradient=not self._first)
+        dnormed = linear.backward(dqkv, matrix, room, qkv, index, input_gradient=not self._first)
         if dnormed is not None:
             rms_norm_backward(dnormed, x, rstd, norms["attn_norm"], add=dy, out=dy)
 

@@ -2,6 +2,8 @@
 
 Source: Hu et al. 2021 (arXiv 2106.09685). y = W x + scale B A x, with A [rank, in] and B [out, rank]; scale is
 alpha / rank, or alpha / sqrt(rank) with rank stabilisation (Kalajdzievski 2023, arXiv 2312.03732).
+DoRA (Liu et al. 2024, arXiv 2402.09353) multiplies each row of y by m / ||W + scale B A||, with m [out] learned and the
+norm a constant in the backward (section 4.3).
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from torch import Tensor
 
 from gemwright.errors import InputError, needed
 from gemwright.kernels.dispatch import has_triton
-from gemwright.model.residency import GROUPS
+from gemwright.model.residency import GROUPS, Residency
 from gemwright.spec import LINEARS, ModelSpec
 
 CPU = torch.device("cpu")
 # Rows of an input with its tail stay aligned to 16 bytes, as the kernels' wide loads need.
 TAIL_STEP = 8
+# Rows of a frozen weight whose norms are taken at once, for which a CPU makes a copy in fp32.
+_NORM_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class GroupLoRA:
 
     `a` [g rank, in] is a working copy, `grad_a` its gradient, views of flat vectors. `b` [out, T] is a working copy
     that holds the scale, where T is g rank rounded up to whole TAIL_STEPs by zeros; None where it is only ever joined
-    to the weight. `blocks` gives for each adapted part its rows of b, its columns of b, and its B's gradient.
+    to the weight. `blocks` gives for each adapted part its rows of b, its columns of b, and its B's gradient;
+    `magnitudes`, with DoRA, its rows, its m and the gradient of m.
     """
 
     a: Tensor
@@ -37,12 +42,14 @@ class GroupLoRA:
     tail: int
     grad_a: Tensor
     blocks: list[tuple[slice, slice, Tensor]]
+    magnitudes: list[tuple[slice, Tensor, Tensor]]
 
 
 class LoRA:
     """All adapters of one model. `master` and `grad` are flat fp32 vectors; the optimizer sees only these two.
 
-    In the flat vectors the A of a group's parts lie together, then their B, so that a group is one product.
+    In the flat vectors the A of a group's parts lie together, then their B, so that a group is one product. The
+    magnitudes of DoRA follow after all pairs; `measure` gives a new adapter's their values.
     """
 
     def __init__(
@@ -56,13 +63,15 @@ class LoRA:
         dropout: float = 0.0,
         seed: int = 0,
         stabilised: bool = False,
+        dora: bool = False,
         device: torch.device = CPU,
     ) -> None:
         check_targets(spec, rank, targets)
         self.spec, self.rank, self.alpha, self.targets, self.dropout = spec, rank, alpha, tuple(targets), dropout
+        self.stabilised, self.dora = stabilised, dora
         self.scale = alpha / (math.sqrt(rank) if stabilised else rank)
         self.names = [f"{i}.{part}" for i in range(spec.layers) for part in LINEARS if part in targets]
-        master = torch.zeros(parameters(spec, rank, targets))
+        master = torch.zeros(parameters(spec, rank, targets, dora=dora))
         generator = torch.Generator().manual_seed(seed)
         drawn = self._views(master)
         for name in self.names:
@@ -70,6 +79,9 @@ class LoRA:
         self.master, self.grad = master.to(device), torch.zeros_like(master, device=device)
         self._copy = self.master.to(dtype) if dtype != self.master.dtype else self.master
         self._pairs, self._grads = self._views(self.master), self._views(self.grad)
+        self._magnitudes, self._magnitude_grads = self._magnitude_views(self.master), self._magnitude_views(self.grad)
+        self._squares: dict[tuple[int, str], Tensor] = {}
+        self._gains: dict[tuple[int, str], Tensor] = {}
         self._tables: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._groups = {(i, g): self._group(i, g, dtype) for i in range(spec.layers) for g in GROUPS}
         self.refresh()
@@ -91,23 +103,33 @@ class LoRA:
                 at = at_b
         return views
 
+    def _magnitude_views(self, flat: Tensor) -> dict[str, Tensor]:
+        if not self.dora:
+            return {}
+        rows = [self.spec.linear_shapes[name.split(".")[1]][0] for name in self.names]
+        return dict(zip(self.names, flat[-sum(rows) :].split(rows), strict=True))
+
     def _group(self, layer: int, group: str, dtype: torch.dtype) -> GroupLoRA | None:
         parts, shapes, rank = self._parts(group), self.spec.linear_shapes, self.rank
         if not parts:
             return None
         width, row = rank * len(parts), 0
         blocks: list[tuple[slice, slice, Tensor]] = []
+        magnitudes: list[tuple[slice, Tensor, Tensor]] = []
         for part in GROUPS[group]:
             if part in parts:
                 column = rank * len(blocks)
                 rows, columns = slice(row, row + shapes[part][0]), slice(column, column + rank)
-                blocks.append((rows, columns, self._grads[f"{layer}.{part}"][1]))
+                name = f"{layer}.{part}"
+                blocks.append((rows, columns, self._grads[name][1]))
+                if self.dora:
+                    magnitudes.append((rows, self._magnitudes[name], self._magnitude_grads[name]))
             row += shapes[part][0]
         first = self._grads[f"{layer}.{parts[0]}"][0]
         cols, tail = shapes[parts[0]][1], _padded(width)
         place = ((width, cols), (cols, 1), first.storage_offset())
         b = None if self.master.is_cuda else torch.zeros(row, tail, dtype=dtype)
-        return GroupLoRA(self._copy.as_strided(*place), b, tail, self.grad.as_strided(*place), blocks)
+        return GroupLoRA(self._copy.as_strided(*place), b, tail, self.grad.as_strided(*place), blocks, magnitudes)
 
     def group(self, layer: int, group: str) -> GroupLoRA | None:
         """The adapters of a group, or None where none of its parts is a target."""
@@ -117,8 +139,32 @@ class LoRA:
         """How many columns the adapters of each group add to its input."""
         return {group: _padded(self.rank * len(self._parts(group))) for group in GROUPS}
 
+    def measure(self, residency: Residency) -> None:
+        """Square the frozen rows that DoRA's norms are made of; magnitudes of zero, as a new adapter's, begin at them.
+
+        Visits every layer once, and none for plain LoRA.
+        """
+        for layer in range(self.spec.layers if self.dora else 0):
+            matrices = residency.layer(layer).matrices
+            for name in GROUPS:
+                group = self._groups[layer, name]
+                if group is not None:
+                    rows = matrices[name][:, : group.a.shape[1]].split(_NORM_ROWS)
+                    norms = [torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) for w in rows]
+                    square = self._squares[layer, name] = torch.cat(norms).square_()
+                    for own, magnitude, _ in group.magnitudes:
+                        if not magnitude.any():
+                            magnitude.copy_(square[own].sqrt())
+            residency.release(layer)
+        self._gains.clear()
+
+    def gain(self, layer: int, name: str) -> Tensor | None:
+        """DoRA's factor for each row of a group, fp32 [out], as of the last `join`; None for plain LoRA."""
+        return self._gains.get((layer, name))
+
     def refresh(self) -> None:
         """Copy the masters into the working copies; call after every change of `master`."""
+        self._gains.clear()
         if self._copy is not self.master:
             self._copy.copy_(self.master)
         for (layer, name), group in self._groups.items():
@@ -127,7 +173,31 @@ class LoRA:
                     torch.mul(self._pairs[f"{layer}.{part}"][1], self.scale, out=group.b[rows, columns])
 
     def join(self, layer: int, matrices: Mapping[str, Tensor]) -> None:
-        """Put every B of a layer, scaled, into the last columns of those matrices that have room for them."""
+        """Make ready for a visit of a layer: its B, scaled, go into the last columns of matrices with room for them.
+
+        With DoRA the gains are computed from them, once after each `refresh`.
+        """
+        self._put_b(layer, matrices)
+        for name in GROUPS if self.dora else ():
+            group = self._groups[layer, name]
+            if group is not None and (layer, name) not in self._gains:
+                self._gains[layer, name] = self._new_gain(group, self._squares[layer, name], matrices[name])
+
+    def _new_gain(self, group: GroupLoRA, square: Tensor, weight: Tensor) -> Tensor:
+        """m / ||W + scale B A|| of each row, and 1 for rows without an adapter.
+
+        The norm's square is ||w||^2 + 2 w A^T b + b A A^T b for a row w with its scaled b.
+        """
+        width, cols = group.a.shape
+        a, b = group.a.float(), (weight[:, cols:] if group.b is None else group.b)[:, :width].float()
+        crossed = torch.mm(weight[:, :cols], group.a.t()).mul(2.0).add(torch.mm(b, torch.mm(a, a.t())))
+        norm = (square + (crossed * b).sum(1)).clamp_min_(1e-30).sqrt_()
+        gain = torch.ones_like(norm)
+        for rows, magnitude, _ in group.magnitudes:
+            torch.div(magnitude, norm[rows], out=gain[rows])
+        return gain
+
+    def _put_b(self, layer: int, matrices: Mapping[str, Tensor]) -> None:
         roomy = {name: matrices[name] for name in GROUPS if self._has_tail(layer, name, matrices[name])}
         if not roomy:
             return
@@ -178,11 +248,21 @@ class LoRA:
         """The gradients of `pairs`: views of `grad`."""
         return {name: self._grads[name] for name in self.names}
 
-    def load(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Take over the values of `pairs`, whose names and shapes must be ours."""
+    def magnitudes(self) -> Mapping[str, Tensor]:
+        """DoRA's m [out] of every adapted linear layer by our names, views of `master`; empty for plain LoRA."""
+        return dict(self._magnitudes)
+
+    def magnitude_gradients(self) -> Mapping[str, Tensor]:
+        """The gradients of `magnitudes`: views of `grad`."""
+        return dict(self._magnitude_grads)
+
+    def load(self, pairs: Mapping[str, tuple[Tensor, Tensor]], magnitudes: Mapping[str, Tensor] | None = None) -> None:
+        """Take over the values of `pairs` and, with DoRA, `magnitudes`, whose names and shapes must be ours."""
         for name, (a, b) in self._pairs.items():
             a.copy_(pairs[name][0])
             b.copy_(pairs[name][1])
+        for name, magnitude in (magnitudes or {}).items():
+            self._magnitudes[name].copy_(magnitude)
         self.refresh()
 
 
@@ -190,9 +270,10 @@ def _padded(width: int) -> int:
     return -(-width // TAIL_STEP) * TAIL_STEP
 
 
-def parameters(spec: ModelSpec, rank: int, targets: Sequence[str]) -> int:
+def parameters(spec: ModelSpec, rank: int, targets: Sequence[str], *, dora: bool = False) -> int:
     """Trained values of an adapter."""
-    return spec.layers * rank * sum(sum(spec.linear_shapes[part]) for part in targets)
+    shapes = [spec.linear_shapes[part] for part in targets]
+    return spec.layers * (rank * sum(map(sum, shapes)) + (sum(rows for rows, _ in shapes) if dora else 0))
 
 
 def check_targets(spec: ModelSpec, rank: int, targets: Sequence[str]) -> None:
@@ -212,12 +293,19 @@ def check_targets(spec: ModelSpec, rank: int, targets: Sequence[str]) -> None:
 
 
 def lora_from_pairs(
-    spec: ModelSpec, pairs: Mapping[str, tuple[Tensor, Tensor]], alpha: float, dtype: torch.dtype
+    spec: ModelSpec,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    alpha: float,
+    dtype: torch.dtype,
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> LoRA:
-    """A LoRA holding an adapter read from disk; ranks must agree over its layers."""
+    """A LoRA holding an adapter read from disk, with DoRA's `magnitudes` where it has some; one rank for all layers.
+
+    `alpha` is the scale times the rank, however the adapter came by it.
+    """
     targets = tuple(p for p in LINEARS if any(name.endswith(f".{p}") for name in pairs))
     rank = next(iter(pairs.values()))[0].shape[0]
-    lora = LoRA(spec, rank, alpha, targets, dtype=dtype)
+    lora = LoRA(spec, rank, alpha, targets, dtype=dtype, dora=bool(magnitudes))
     missing = [name for name in lora.names if name not in pairs]
     if missing or any(a.shape[0] != rank for a, _ in pairs.values()):
         raise InputError(
@@ -225,7 +313,7 @@ def lora_from_pairs(
             where="adapter",
             fix="Use the llama.cpp engine for this adapter.",
         )
-    lora.load(pairs)
+    lora.load(pairs, magnitudes)
     return lora
 
 
@@ -233,12 +321,14 @@ class Linear:
     """One group's product with its adapters, for one visit of one layer by one micro-batch. Keeps nothing.
 
     Its input lies in rows of in + T columns (`room`), the last ones filled with t = dropout(x) a^T. Where the weight is
-    [out, in + T] with b as its last columns (`LoRA.join`), base and adapter are one product; else they are two.
+    [out, in + T] with b as its last columns (`LoRA.join`), base and adapter are one product; else they are two. DoRA's
+    gain multiplies what comes out of it and what goes back into it.
     """
 
     def __init__(self, lora: LoRA | None, layer: int, group: str, seed: int = 0) -> None:
         self._lora, self._group = lora, lora.group(layer, group) if lora is not None else None
         self._seed = seed * len(GROUPS) + list(GROUPS).index(group)
+        self._place = layer, group
 
     def room(self, x: Tensor, rows: int, width: int) -> Tensor:
         """An empty input [rows, width + T] of x's dtype on its device."""
@@ -255,19 +345,31 @@ class Linear:
                 t[:, width:] = 0
 
     def forward(self, room: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """Write y [rows, out] = x W^T + t b^T of a filled `room` to `out` and return it."""
+        """Write y [rows, out] = x W^T + t b^T of a filled `room`, times the gain, to `out` and return it."""
         if self._group is None or weight.shape[1] == room.shape[1]:
-            return torch.mm(room, weight.t(), out=out)
-        x, t = self._split(room)
-        return torch.mm(x, weight.t(), out=out).addmm_(t, needed(self._group.b).t())
+            torch.mm(room, weight.t(), out=out)
+        else:
+            x, t = self._split(room)
+            torch.mm(x, weight.t(), out=out).addmm_(t, needed(self._group.b).t())
+        return out if (gain := self._gain()) is None else out.mul_(gain)
+
+    def gradient_room(self, y: Tensor) -> Tensor:
+        """Where the gradient of y may be written: over y, unless the magnitudes' gradient still needs it."""
+        return y if self._gain() is None else torch.empty_like(y)
 
     def backward(
-        self, dy: Tensor, weight: Tensor, room: Tensor, chunk: int = 0, *, input_gradient: bool = True
+        self, dy: Tensor, weight: Tensor, room: Tensor, y: Tensor, chunk: int = 0, *, input_gradient: bool = True
     ) -> Tensor | None:
-        """Add the adapters' gradients to their LoRA and return dx (None where nobody asks for it)."""
+        """Add the adapters' gradients to their LoRA and return dx (None where nobody asks for it).
+
+        `y` is the forward's output. With DoRA `dy` and `y` are overwritten.
+        """
         group = self._group
         if group is None or self._lora is None:
             return torch.mm(dy, weight) if input_gradient else None
+        if (gain := self._gain()) is not None:
+            _add_magnitudes(group, dy, y)
+            dy.mul_(gain)
         x, t = self._split(room)
         joined = weight.shape[1] == room.shape[1]
         both = torch.mm(dy, weight) if joined and input_gradient else None
@@ -285,6 +387,9 @@ class Linear:
         if mask is None:
             return dx.addmm_(dt, group.a)
         return dx.add_(torch.mm(dt, group.a).mul_(mask))
+
+    def _gain(self) -> Tensor | None:
+        return None if self._lora is None else self._lora.gain(*self._place)
 
     @staticmethod
     def _add_b(group: GroupLoRA, dy: Tensor, t: Tensor, scale: float) -> None:
@@ -309,6 +414,13 @@ class Linear:
         return (
             torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(keep, generator=generator).div_(keep)
         )
+
+
+def _add_magnitudes(group: GroupLoRA, dy: Tensor, y: Tensor) -> None:
+    """Add the gradients of a group's m, overwriting y, which is linear in m, so that dm = sum(dy y) / m."""
+    total = y.mul_(dy).sum(0, dtype=torch.float32)
+    for rows, magnitude, gradient in group.magnitudes:
+        gradient.add_(torch.where(magnitude == 0, 0.0, total[rows] / magnitude))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:

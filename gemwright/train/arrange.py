@@ -55,6 +55,7 @@ class Job:
     rows: int
     labelled: float = 1.0
     deterministic: bool = False
+    dora: bool = False
 
     @property
     def row_tokens(self) -> int:
@@ -206,8 +207,8 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
     """The same arrangement with its bytes: what is held throughout, and the peak of what comes and goes."""
     spec, shapes = job.spec, job.spec.linear_shapes
     groups = {g: (sum(shapes[p][0] for p in parts), shapes[parts[0]][1]) for g, parts in GROUPS.items()}
-    trained = parameters(spec, job.rank, job.targets)
-    copies = sum(job.tail(g) * (rows + cols) for g, (rows, cols) in groups.items()) * spec.layers
+    trained = parameters(spec, job.rank, job.targets, dora=job.dora)
+    normed = spec.layers * sum(rows for rows, _ in groups.values()) if job.dora else 0
     tokens, micro = job.rows * job.row_tokens, plan.joined * job.row_tokens
     here = sum(kept_bytes(job, k) for k, away in zip(plan.keep, plan.on_host, strict=True) if not away) * tokens
     items = {
@@ -217,7 +218,7 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
         "one layer, unpacked": 2 * sum(rows * (cols + job.tail(g)) for g, (rows, cols) in groups.items()),
         "head rows, unpacked": 2 * plan.head_rows * spec.hidden,
         "norms": 4 * (spec.layers * sum(spec.norm_shapes.values()) + spec.hidden),
-        "adapters, gradients, optimizer": 16 * trained + 2 * copies,
+        "adapters, gradients, optimizer": 18 * trained + 8 * normed,
         "activations kept on the GPU": here,
         "tokens, positions, rotation": tokens * (4 * 2 * spec.head_dim + 40),
         "work space, activations in transit": max(0, activation_peak(job, plan, micro, tokens) - here),
@@ -294,7 +295,7 @@ class _Visit:
         )
         back = max(f + job.tail("down") + d, 3 * d + job.tail("gate_up") + self.out + job.tail("o"))
         collected = self.n * self.out if self.long else 0
-        mlp = held + collected + self.chunk(kept=True) + self.c * back
+        mlp = held + collected + self.chunk(kept=True) + self.c * (back + 2 * f * job.dora)
         heads = job.spec.kv_heads if self.n > LONG else 1
         flash = self.n * (6 + 2 * job.deterministic) * self.out // heads
         attention = held + self.n * (self.out + job.tail("o")) + joint + flash

@@ -102,6 +102,7 @@ def job_of(config: TrainConfig, file: ModelFile) -> Job:
         config.seq,
         config.rows_per_step,
         deterministic=config.deterministic,
+        dora=config.dora,
     )
 
 
@@ -136,6 +137,8 @@ def new_lora(config: TrainConfig, file: ModelFile, device: torch.device, dtype: 
         dtype=dtype,
         dropout=config.dropout,
         seed=config.seed,
+        stabilised=config.rslora,
+        dora=config.dora,
         device=device,
     )
 
