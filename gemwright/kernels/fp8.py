@@ -13,8 +13,8 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 TOP = 448.0  # the largest e4m3
 TINY = 1e-30  # of a row's largest value; far below any gradient, far above what fp32 cannot invert
-# Where b's largest part lies in its row's scale: 10 bits of normal numbers below it, and at most this gain.
-AIM, MOST = 16.0, 32.0
+# Where b's largest part lies, so that t is small beside x. Of a b too small for this gain nothing is seen anyway.
+AIM, MOST = 128.0, 4096.0
 PITCH = 128  # bytes; rows begin at whole lines of the cache
 
 
@@ -42,11 +42,13 @@ def quantise_rows(
     factor: Tensor | None = None,
     tail: Tensor | None = None,
     gain: Tensor | None = None,
+    floor: Tensor | None = None,
 ) -> None:
     """Write x [N, K] in fp8 to the first K columns of `out` [N, K or more] and its rows' scales to `scale` (fp32 [N]).
 
     The columns of x are multiplied by `factor` (fp32 [K]) first. What `out` has more than K becomes `tail` [N, T] over
-    `gain` (fp32 [1]) as hi, hi, lo, or zeros without a tail. Real values are those of `out` times `scale`.
+    `gain` (fp32 [1]) as hi, hi, lo, or zeros without a tail. Real values are those of `out` times `scale`, which are
+    the rows' largest over 448, at least `floor` (fp32 [1]).
     """
     value, more = x.float(), out.shape[1] - x.shape[1]
     value = value if factor is None else value * factor
@@ -54,7 +56,7 @@ def quantise_rows(
     t = None if tail is None or gain is None else tail.float() / gain
     if t is not None:
         top = torch.maximum(top, t.abs().amax(1, keepdim=True))
-    top.clamp_min_(TINY)
+    top = top.clamp_min(TINY) if floor is None else torch.maximum(top, floor * TOP).clamp_min_(TINY)
     scale.copy_((top / TOP).view(-1))
     out[:, : x.shape[1]].copy_((value * (TOP / top)).to(FP8))
     if more:

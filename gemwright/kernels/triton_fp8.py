@@ -26,8 +26,8 @@ def _write_parts(at, value, width, columns, SECOND_LOW: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def _quantise_kernel(
-    x, factor, tail, gain, out, scale, width, x_pitch, tail_pitch, out_pitch, TOP: tl.constexpr, TINY: tl.constexpr,
-    BLOCK: tl.constexpr, PIECES: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    x, factor, tail, gain, floor, out, scale, width, x_pitch, tail_pitch, out_pitch,
+    TOP: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     END: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -46,6 +46,8 @@ def _quantise_kernel(
         c = tl.arange(0, TILE)
         t = tl.load(tail + row * tail_pitch + c, c < T, other=0.0).to(tl.float32) / tl.load(gain)
         top = tl.maximum(top, tl.max(tl.abs(t), 0))
+    if floor is not None:
+        top = tl.maximum(top, tl.load(floor) * TOP)
     top = tl.maximum(top, TINY)
     tl.store(scale + row, top / TOP)
     inverse = TOP / top
@@ -60,7 +62,7 @@ def _quantise_kernel(
         filled: tl.constexpr = 0 if tail is None else 3 * T
         if tail is not None:
             _write_parts(out, t * inverse, c < T, c, False, COLUMNS, T)
-        if COLUMNS > filled:
+        if filled < COLUMNS:
             end = tl.arange(0, END)
             tl.store(out + end, tl.zeros([END], out.dtype.element_ty), (end >= filled) & (end < COLUMNS))
 
@@ -72,13 +74,15 @@ def quantise_rows(
     factor: Tensor | None = None,
     tail: Tensor | None = None,
     gain: Tensor | None = None,
+    floor: Tensor | None = None,
 ) -> None:
     """As `fp8.quantise_rows`; a program a row, read once from memory."""
     (rows, width), columns = x.shape, out.shape[1] - x.shape[1]
     t = 0 if tail is None else tail.shape[1]
     block = min(BLOCK, triton.next_power_of_2(width))
     _quantise_kernel[(rows,)](
-        x, factor, tail, gain, out, scale, width, x.stride(0), 0 if tail is None else tail.stride(0), out.stride(0),
+        x, factor, tail, gain, floor, out, scale, width,
+        x.stride(0), 0 if tail is None else tail.stride(0), out.stride(0),
         TOP=TOP, TINY=TINY, BLOCK=block, PIECES=-(-width // block), T=t, TILE=triton.next_power_of_2(max(t, 1)),
         COLUMNS=columns, END=triton.next_power_of_2(max(columns, 1)), num_warps=max(1, block // 512),
     )  # fmt: skip
@@ -95,9 +99,7 @@ def _tail(b, scale, rows, row_step, column_step, T: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _peak_kernel(
-    b, scale, peaks, rows, row_step, column_step, T: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
-):
+def _peak_kernel(b, scale, peaks, rows, row_step, column_step, T: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     value, _, _, _ = _tail(b, scale, rows, row_step, column_step, T, ROWS, TILE)
     tl.store(peaks + tl.program_id(0), tl.max(tl.max(tl.abs(value), 1), 0))
 

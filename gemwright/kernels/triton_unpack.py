@@ -180,7 +180,7 @@ def unpack(raw: Tensor, qtype: str, out: Tensor, scale: Tensor | None = None) ->
         raise ValueError(f"{tuple(raw.shape)} bytes are not the {qtype} blocks of {tuple(out.shape)} values")
     step = VALUES // form.values
     _unpack_kernel[(-(-rows * per_row // step),)](
-        raw, out, scale, rows * per_row, per_row, pitch, QTYPE=qtype, VALUES=form.values, SIZE=form.size, PIECES=form.pieces,
-        TILE=step * form.pieces, FLAT=pitch == cols or rows == 1, num_warps=form.warps,
+        raw, out, scale, rows * per_row, per_row, pitch, QTYPE=qtype, VALUES=form.values, SIZE=form.size,
+        PIECES=form.pieces, TILE=step * form.pieces, FLAT=pitch == cols or rows == 1, num_warps=form.warps,
     )  # fmt: skip
     return out

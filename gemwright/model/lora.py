@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gemwright.errors import InputError
-from gemwright.model.residency import GROUPS
+from gemwright.model.fp8 import Fp8Weight
+from gemwright.model.residency import GROUPS, Matrix
 from gemwright.spec import LINEARS, ModelSpec
 
 CPU = torch.device("cpu")
@@ -193,6 +194,7 @@ class Linear:
 
     Its input lies in rows of in + T columns (`room`), the last ones filled with t = dropout(x) a^T. Where the weight is
     [out, in + T] with b as its last columns (`join`), base and adapter are one product; where it is [out, in], two.
+    An `Fp8Weight` takes them together.
     """
 
     def __init__(self, lora: LoRA | None, layer: int, group: str, seed: int = 0) -> None:
@@ -204,9 +206,9 @@ class Linear:
         tail = 0 if self._group is None else self._group.a.shape[0]
         return torch.empty(rows, width + tail, dtype=x.dtype, device=x.device)
 
-    def join(self, weight: Tensor) -> None:
+    def join(self, weight: Matrix) -> None:
         """Put b into the last columns of a weight that has them."""
-        if self._group is not None and weight.shape[1] > self._group.a.shape[1]:
+        if isinstance(weight, Tensor) and self._group is not None and weight.shape[1] > self._group.a.shape[1]:
             weight[:, self._group.a.shape[1] :].copy_(self._group.b)
 
     def fill(self, room: Tensor, chunk: int = 0) -> None:
@@ -216,23 +218,25 @@ class Linear:
             mask = self._mask(x, chunk)
             torch.mm(x if mask is None else x * mask, self._group.a.t(), out=t)
 
-    def forward(self, room: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    def forward(self, room: Tensor, weight: Matrix, out: Tensor) -> Tensor:
         """Write y [rows, out] = x W^T + t b^T of a filled `room` to `out` and return it."""
+        x, t = self._split(room)
+        if isinstance(weight, Fp8Weight):
+            return weight.product(x, out, t, self._group.b) if self._group is not None else weight.product(x, out)
         if self._group is None or weight.shape[1] == room.shape[1]:
             return torch.mm(room, weight.t(), out=out)
-        x, t = self._split(room)
         return torch.mm(x, weight.t(), out=out).addmm_(t, self._group.b.t())
 
     def backward(
-        self, dy: Tensor, weight: Tensor, room: Tensor, chunk: int = 0, *, input_gradient: bool = True
+        self, dy: Tensor, weight: Matrix, room: Tensor, chunk: int = 0, *, input_gradient: bool = True
     ) -> Tensor | None:
         """Add the adapters' gradients to their LoRA and return dx (None where nobody asks for it)."""
         group = self._group
         if group is None or self._lora is None:
-            return torch.mm(dy, weight) if input_gradient else None
+            return _back(dy, weight) if input_gradient else None
         x, t = self._split(room)
-        joined = weight.shape[1] == room.shape[1]
-        both = torch.mm(dy, weight) if joined and input_gradient else None
+        joined = isinstance(weight, Tensor) and weight.shape[1] == room.shape[1]
+        both = _back(dy, weight) if joined and input_gradient else None
         dt = both[:, x.shape[1] :] if both is not None else torch.mm(dy, group.b)
         mask = self._mask(x, chunk)
         _add_product(group.grad_a, dt[:, : group.grad_a.shape[0]].t(), x if mask is None else x * mask)
@@ -241,7 +245,9 @@ class Linear:
             grad_b.add_(db_t[columns, rows].t(), alpha=self._lora.scale)
         if not input_gradient:
             return None
-        dx = torch.mm(dy, weight) if both is None else both[:, : x.shape[1]]
+        if isinstance(weight, Fp8Weight) and mask is None:
+            return weight.back(dy, dt, group.a)
+        dx = _back(dy, weight) if both is None else both[:, : x.shape[1]]
         if mask is None:
             return dx.addmm_(dt, group.a)
         return dx.add_(torch.mm(dt, group.a).mul_(mask))
@@ -259,6 +265,10 @@ class Linear:
         return (
             torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(keep, generator=generator).div_(keep)
         )
+
+
+def _back(dy: Tensor, weight: Matrix) -> Tensor:
+    return weight.back(dy) if isinstance(weight, Fp8Weight) else torch.mm(dy, weight)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

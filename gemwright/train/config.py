@@ -17,6 +17,7 @@ class TrainConfig(BaseModel):
 
     `seq` is the most tokens of a packed row (a micro-batch); a step passes `tokens_per_step // seq` rows. `alpha` None
     means `rank`. `lr` rises linearly over `warmup` (a share of all steps) and falls by a cosine to a tenth.
+    `compute` "fp8" is for the products of the frozen weights alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +40,7 @@ class TrainConfig(BaseModel):
     train_on: Literal["all", "model", "last"] = "model"
     seed: int = Field(0, ge=0, lt=2**31)
     precision: str = "auto"
+    compute: Literal["bf16", "fp8"] = "bf16"
     recompute: Literal["auto", "always", "never"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     vram: int | None = Field(None, gt=0)
@@ -55,6 +57,8 @@ class TrainConfig(BaseModel):
             name = str(first["loc"][0]).replace("_", "-")
             what = f"{first['input']!r} is not possible ({first['msg'].lower()})"
             raise InputError(what, where=f"--{name}", fix="See 'gemwright tune --help'.") from None
+        if self.compute == "fp8" and self.precision == "fp32":
+            raise InputError("fp8 products have bf16 around them", where="--compute", fix="Leave --precision out.")
 
     @field_validator("vram", mode="before")
     @classmethod

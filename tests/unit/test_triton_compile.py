@@ -157,7 +157,7 @@ def run_fp8(rows: int, width: int, t: int) -> None:
     back, factor = fp8.new_rows(n, rows, t, x), meta(rows, dtype=f32)
     triton_fp8.quantise_rows(meta(n, rows), back, meta(n, dtype=f32), factor, meta(n, t), gain)
     triton_fp8.quantise_rows(meta(n, rows), back, meta(n, dtype=f32), factor)
-    triton_fp8.quantise_rows(meta(rows, width), normal[:, :width], factor)
+    triton_fp8.quantise_rows(meta(rows, width), normal[:, :width], factor, floor=gain)
     triton_fp8.join_tail(meta(rows, t), factor, normal[:, width:])
     triton_fp8.join_tail(meta(t, width).t(), None, turned[:, rows:])
     triton_fp8.turn(normal[:, :width], turned[:, :rows])
