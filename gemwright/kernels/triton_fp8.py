@@ -27,8 +27,8 @@ def _write_parts(at, value, width, columns, SECOND_LOW: tl.constexpr, COLUMNS: t
 @triton.jit
 def _quantise_kernel(
     x, factor, tail, gain, floor, out, scale, width, x_pitch, tail_pitch, out_pitch,
-    TOP: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-    END: tl.constexpr,
+    TOP: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, T: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * x_pitch

@@ -21,7 +21,8 @@ from gemwright.model.decoder import Gemma
 from gemwright.model.fp8 import Fp8Scratch, Fp8Weight, scratch_bytes
 from gemwright.model.layer import Keep
 from gemwright.model.lora import LoRA
-from gemwright.model.residency import GROUPS, LayerWeights, UnpackedResidency
+from gemwright.model.residency import GROUPS, Residency, UnpackedResidency
+from gemwright.model.streamed import StreamedResidency
 from gemwright.spec import LINEARS, SPECS, ModelSpec
 from gemwright.train.arrange import Arrangement, Job, itemise
 from gemwright.train.batches import Encoded, make_row
@@ -135,20 +136,6 @@ def test_weights_are_filled_from_packed_values(qtype: str) -> None:
     assert torch.equal(*seen)
 
 
-class Fp8Residency(UnpackedResidency):
-    """A residency on the CPU whose matrices are those that a GPU would have in fp8."""
-
-    def __init__(self, file: ModelFile, tails: dict[str, int]) -> None:
-        super().__init__(file, BF16)
-        self._scratch8 = Fp8Scratch(file.spec, tails, CPU)
-
-    def layer(self, index: int) -> LayerWeights:
-        for group, parts in GROUPS.items():
-            stored = [self._file.tensors[f"{index}.{part}"] for part in parts]
-            self._scratch8.fill(index, group, [(each.data, each.qtype) for each in stored])
-        return LayerWeights(self._scratch8.weights(index), self._norms[index])
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
     path = tmp_path_factory.mktemp("fp8") / "tiny.gguf"
@@ -167,7 +154,10 @@ def gradients(file: ModelFile, kind: str, work: Work, targets: Sequence[str] = L
     adapters = LoRA(file.spec, 4, 4.0, targets, dtype=dtype, dropout=lora.get("dropout", 0.0))
     adapters.master.add_(0.02 * torch.randn(adapters.master.shape, generator=torch.Generator().manual_seed(2)))
     adapters.refresh()
-    residency = Fp8Residency(file, adapters.tails()) if kind == "fp8" else UnpackedResidency(file, dtype)
+    residency: Residency = UnpackedResidency(file, dtype)
+    if kind == "fp8":
+        layers = range(file.spec.layers)
+        residency = StreamedResidency(file, CPU, tails=adapters.tails(), resident=layers, fp8=True)
     rows = [make_row(file.spec, documents(file.spec, lengths), dtype=dtype) for lengths in ((41, 20), (30, 33, 9))]
     forward_backward(Gemma(residency, adapters), rows, work)
     assert bool(torch.isfinite(adapters.grad).all())
