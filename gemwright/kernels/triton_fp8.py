@@ -15,13 +15,13 @@ SIDE = 128
 
 
 @triton.jit
-def _write_parts(at, value, width, columns, SECOND_LOW: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """hi, then lo and hi (or hi and lo) of `value` at columns 0, WIDTH and 2 WIDTH; zeros up to COLUMNS."""
+def _write_parts(at, value, mask, column, SECOND_LOW: tl.constexpr, T: tl.constexpr):
+    """hi, then lo and hi (or hi and lo) of `value` at columns 0, T and 2 T."""
     high = value.to(at.dtype.element_ty)
     low = (value - high.to(tl.float32)).to(at.dtype.element_ty)
-    tl.store(at + columns, high, width)
-    tl.store(at + WIDTH + columns, low if SECOND_LOW else high, width)
-    tl.store(at + 2 * WIDTH + columns, high if SECOND_LOW else low, width)
+    tl.store(at + column, high, mask)
+    tl.store(at + T + column, low if SECOND_LOW else high, mask)
+    tl.store(at + 2 * T + column, high if SECOND_LOW else low, mask)
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _quantise_kernel(
         out += width
         filled: tl.constexpr = 0 if tail is None else 3 * T
         if tail is not None:
-            _write_parts(out, t * inverse, c < T, c, False, COLUMNS, T)
+            _write_parts(out, t * inverse, c < T, c, False, T)
         if filled < COLUMNS:
             end = tl.arange(0, END)
             tl.store(out + end, tl.zeros([END], out.dtype.element_ty), (end >= filled) & (end < COLUMNS))
@@ -117,7 +117,7 @@ def _join_kernel(
     if tl.program_id(0) == 0:
         tl.store(gain, factor)
     at = out + row.to(tl.int64) * out_pitch
-    _write_parts(at, value * factor, mask, c, True, COLUMNS, T)
+    _write_parts(at, value * factor, mask, c, True, T)
     if COLUMNS > 3 * T:
         end = tl.arange(0, END)[None, :]
         zero = tl.zeros([ROWS, END], out.dtype.element_ty)
@@ -131,9 +131,7 @@ def join_tail(b: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
     both = torch.empty(programs + 1, dtype=torch.float32, device=b.device)
     peaks, gain = both[1:], both[:1]
     tile = triton.next_power_of_2(t)
-    _peak_kernel[(programs,)](
-        b, scale, peaks, rows, *b.stride(), T=t, ROWS=TAIL_ROWS, TILE=tile, num_warps=4
-    )  # fmt: skip
+    _peak_kernel[(programs,)](b, scale, peaks, rows, *b.stride(), T=t, ROWS=TAIL_ROWS, TILE=tile, num_warps=4)
     _join_kernel[(programs,)](
         b, scale, peaks, gain, out, rows, *b.stride(), out.stride(0), programs, AIM=AIM, MOST=MOST, T=t,
         ROWS=TAIL_ROWS, TILE=tile, PROGRAMS=triton.next_power_of_2(programs), COLUMNS=columns,
