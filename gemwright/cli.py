@@ -160,6 +160,9 @@ def tune(
     targets: Annotated[str | None, typer.Option("--targets", help="Linears to adapt, e.g. q,k,v,o (all).")] = None,
     train_on: Annotated[str | None, typer.Option("--train-on", help="Turns to learn: model, last or all.")] = None,
     precision: Annotated[str | None, typer.Option("--precision", help="auto, bf16 or fp32.")] = None,
+    compute: Annotated[
+        str | None, typer.Option("--compute", help="Products of the frozen weights: bf16 (as --precision) or fp8.")
+    ] = None,
     recompute: Annotated[
         str | None, typer.Option("--recompute", help="Activations anew in the backward: auto, always, never.")
     ] = None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gemwright.kernels import cross_entropy as _cross_entropy
+from gemwright.kernels import fp8 as _fp8
 from gemwright.kernels import geglu as _geglu
 from gemwright.kernels import heads as _heads
 from gemwright.kernels import norm as _norm
@@ -59,21 +60,27 @@ def _dispatched(plain: Callable[P, R]) -> Callable[P, R]:
 
 geglu = _dispatched(_geglu.geglu)
 geglu_backward = _dispatched(_geglu.geglu_backward)
+join_tail = _dispatched(_fp8.join_tail)
 norm_add_norm = _dispatched(_norm.norm_add_norm)
 norm_rope = _dispatched(_heads.norm_rope)
 norm_rope_backward = _dispatched(_heads.norm_rope_backward)
+quantise_rows = _dispatched(_fp8.quantise_rows)
 rms_norm = _dispatched(_norm.rms_norm)
 rms_norm_backward = _dispatched(_norm.rms_norm_backward)
 softmax_chunk = _dispatched(_cross_entropy.softmax_chunk)
+turn = _dispatched(_fp8.turn)
 
 __all__ = [
     "geglu",
     "geglu_backward",
     "has_triton",
+    "join_tail",
     "norm_add_norm",
     "norm_rope",
     "norm_rope_backward",
+    "quantise_rows",
     "rms_norm",
     "rms_norm_backward",
     "softmax_chunk",
+    "turn",
 ]

@@ -55,12 +55,14 @@ def _byte(at, mask):
 
 
 @triton.jit
-def _put(at, value, mask):
+def _put(at, value, inverse, mask):
+    if inverse is not None:
+        value *= inverse
     tl.store(at, value.to(at.dtype.scalar.element_ty), mask)
 
 
 @triton.jit
-def _legacy(src, dst, mask, QTYPE: tl.constexpr):
+def _legacy(src, dst, inverse, mask, QTYPE: tl.constexpr):
     """Blocks of 32: byte c holds value c in its low nibble, value 16 + c in its high one; bit e of a word is fifth."""
     c = tl.arange(0, 16)[None, :]
     has_min: tl.constexpr = QTYPE == "Q4_1" or QTYPE == "Q5_1"
@@ -79,15 +81,15 @@ def _legacy(src, dst, mask, QTYPE: tl.constexpr):
     if has_min:
         m = _half(src + 2, mask)
         low, high = low + m, high + m
-    _put(dst + c, low, mask)
-    _put(dst + 16 + c, high, mask)
+    _put(dst + c, low, inverse, mask)
+    _put(dst + 16 + c, high, inverse, mask)
 
 
 @triton.jit
-def _q8_0(src, dst, mask):
+def _q8_0(src, dst, inverse, mask):
     c = tl.arange(0, 32)[None, :]
     q = tl.load((src + 2 + c).to(tl.pointer_type(tl.int8)), mask, other=0).to(tl.float32)
-    _put(dst + c, q * _half(src, mask), mask)
+    _put(dst + c, q * _half(src, mask), inverse, mask)
 
 
 @triton.jit
@@ -101,7 +103,7 @@ def _scale_and_min(src, d, dmin, sub, mask):
 
 
 @triton.jit
-def _affine(src, dst, piece, mask, FIFTH: tl.constexpr):
+def _affine(src, dst, piece, inverse, mask, FIFTH: tl.constexpr):
     """Q4_K, and Q5_K with FIFTH: piece g holds sub-blocks 2g (low nibbles) and 2g + 1 (high) of 32 values each."""
     c = tl.arange(0, 32)[None, :]
     packed = _byte(src + (48 if FIFTH else 16) + piece * 32 + c, mask)
@@ -112,13 +114,13 @@ def _affine(src, dst, piece, mask, FIFTH: tl.constexpr):
         high |= (bits & 2) << 3
     d, dmin = _half(src, mask), _half(src + 2, mask)
     scale, least = _scale_and_min(src, d, dmin, 2 * piece, mask)
-    _put(dst + piece * 64 + c, low.to(tl.float32) * scale - least, mask)
+    _put(dst + piece * 64 + c, low.to(tl.float32) * scale - least, inverse, mask)
     scale, least = _scale_and_min(src, d, dmin, 2 * piece + 1, mask)
-    _put(dst + piece * 64 + 32 + c, high.to(tl.float32) * scale - least, mask)
+    _put(dst + piece * 64 + 32 + c, high.to(tl.float32) * scale - least, inverse, mask)
 
 
 @triton.jit
-def _q6_k(src, dst, piece, mask):
+def _q6_k(src, dst, piece, inverse, mask):
     """Piece 2h + s: values s * 16 + c of the four quarters of half h; each 16 values have a scale of their own."""
     c = tl.arange(0, 16)[None, :]
     half, part = piece // 2, piece % 2
@@ -132,12 +134,12 @@ def _q6_k(src, dst, piece, mask):
         q = (second if quarter % 2 else first) >> (4 * (quarter // 2))
         q = ((q & 15) | (((upper >> (2 * quarter)) & 3) << 4)) - 32
         scale = d * tl.load(scales + 2 * quarter, mask, other=0).to(tl.float32)
-        _put(dst + 32 * quarter, q.to(tl.float32) * scale, mask)
+        _put(dst + 32 * quarter, q.to(tl.float32) * scale, inverse, mask)
 
 
 @triton.jit(do_not_specialize=["blocks", "per_row"])
 def _unpack_kernel(
-    raw, out, blocks, per_row, pitch,
+    raw, out, scale, blocks, per_row, pitch,
     QTYPE: tl.constexpr, VALUES: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -145,6 +147,9 @@ def _unpack_kernel(
     first, local, piece = tl.program_id(0) * (TILE // PIECES), row // PIECES, row % PIECES
     block = first + local
     mask = block < blocks
+    inverse = None
+    if scale is not None:
+        inverse = 1.0 / tl.load(scale + block // per_row, mask, other=1.0)
     src = raw + first.to(tl.int64) * SIZE + local * SIZE
     if FLAT:
         dst = out + first.to(tl.int64) * VALUES + local * VALUES
@@ -152,19 +157,20 @@ def _unpack_kernel(
         line = block // per_row
         dst = out + line.to(tl.int64) * pitch + (block - line * per_row) * VALUES
     if QTYPE == "Q8_0":
-        _q8_0(src, dst, mask)
+        _q8_0(src, dst, inverse, mask)
     elif QTYPE == "Q6_K":
-        _q6_k(src, dst, piece, mask)
+        _q6_k(src, dst, piece, inverse, mask)
     elif PIECES == 4:
-        _affine(src, dst, piece, mask, QTYPE == "Q5_K")
+        _affine(src, dst, piece, inverse, mask, QTYPE == "Q5_K")
     else:
-        _legacy(src, dst, mask, QTYPE)
+        _legacy(src, dst, inverse, mask, QTYPE)
 
 
-def unpack(raw: Tensor, qtype: str, out: Tensor) -> Tensor:
+def unpack(raw: Tensor, qtype: str, out: Tensor, scale: Tensor | None = None) -> Tensor:
     """Write the values of `raw` (uint8, contiguous, whole rows) into `out` [rows, cols] (bf16 or fp32) and return it.
 
     Rows of `out` may have a pitch above cols. Slices of whole rows of both unpack a part. ValueError for other types.
+    With `scale` (fp32 [rows]) each row is divided by its own, for an `out` of fp8.
     """
     if qtype not in FORMATS:
         raise ValueError(f"cannot unpack {qtype} on a GPU; possible: {', '.join(FORMATS)}")
@@ -174,7 +180,7 @@ def unpack(raw: Tensor, qtype: str, out: Tensor) -> Tensor:
         raise ValueError(f"{tuple(raw.shape)} bytes are not the {qtype} blocks of {tuple(out.shape)} values")
     step = VALUES // form.values
     _unpack_kernel[(-(-rows * per_row // step),)](
-        raw, out, rows * per_row, per_row, pitch, QTYPE=qtype, VALUES=form.values, SIZE=form.size, PIECES=form.pieces,
-        TILE=step * form.pieces, FLAT=pitch == cols or rows == 1, num_warps=form.warps,
+        raw, out, scale, rows * per_row, per_row, pitch, QTYPE=qtype, VALUES=form.values, SIZE=form.size,
+        PIECES=form.pieces, TILE=step * form.pieces, FLAT=pitch == cols or rows == 1, num_warps=form.warps,
     )  # fmt: skip
     return out

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemwright.errors import InputError, needed
 from gemwright.kernels.dispatch import has_triton
-from gemwright.model.residency import GROUPS, Residency
+from gemwright.model.fp8 import Fp8Weight
+from gemwright.model.residency import GROUPS, Matrix, Residency
 from gemwright.spec import LINEARS, ModelSpec
 
 CPU = torch.device("cpu")
@@ -32,13 +34,13 @@ class GroupLoRA:
     """The adapters of the linear layers in one group of one layer, as a product with a block-diagonal B.
 
     `a` [g rank, in] is a working copy, `grad_a` its gradient, views of flat vectors. `b` [out, T] is a working copy
-    that holds the scale, where T is g rank rounded up to whole TAIL_STEPs by zeros; None where it is only ever joined
-    to the weight. `blocks` gives for each adapted part its rows of b, its columns of b, and its B's gradient;
-    `magnitudes`, with DoRA, its rows, its m and the gradient of m.
+    that holds the scale, where T is g rank rounded up to whole TAIL_STEPs by zeros; on a GPU all layers share one,
+    which is valid during a visit in fp8. `blocks` gives for each adapted part its rows of b, its columns of b, and its
+    B's gradient; `magnitudes`, with DoRA, its rows, its m and the gradient of m.
     """
 
     a: Tensor
-    b: Tensor | None
+    b: Tensor
     tail: int
     grad_a: Tensor
     blocks: list[tuple[slice, slice, Tensor]]
@@ -82,6 +84,7 @@ class LoRA:
         self._magnitudes, self._magnitude_grads = self._magnitude_views(self.master), self._magnitude_views(self.grad)
         self._squares: dict[tuple[int, str], Tensor] = {}
         self._gains: dict[tuple[int, str], Tensor] = {}
+        self._rooms: dict[str, Tensor] = {}
         self._tables: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._groups = {(i, g): self._group(i, g, dtype) for i in range(spec.layers) for g in GROUPS}
         self.refresh()
@@ -128,7 +131,10 @@ class LoRA:
         first = self._grads[f"{layer}.{parts[0]}"][0]
         cols, tail = shapes[parts[0]][1], _padded(width)
         place = ((width, cols), (cols, 1), first.storage_offset())
-        b = None if self.master.is_cuda else torch.zeros(row, tail, dtype=dtype)
+        if self.master.is_cuda:
+            b = self._rooms.setdefault(group, torch.zeros(row, tail, dtype=dtype, device=self.master.device))
+        else:
+            b = torch.zeros(row, tail, dtype=dtype)
         return GroupLoRA(self._copy.as_strided(*place), b, tail, self.grad.as_strided(*place), blocks, magnitudes)
 
     def group(self, layer: int, group: str) -> GroupLoRA | None:
@@ -149,7 +155,7 @@ class LoRA:
             for name in GROUPS:
                 group = self._groups[layer, name]
                 if group is not None:
-                    rows = matrices[name][:, : group.a.shape[1]].split(_NORM_ROWS)
+                    rows = torch.split(_plain(matrices[name])[:, : group.a.shape[1]], _NORM_ROWS)
                     norms = [torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) for w in rows]
                     square = self._squares[layer, name] = torch.cat(norms).square_()
                     for own, magnitude, _ in group.magnitudes:
@@ -168,11 +174,11 @@ class LoRA:
         if self._copy is not self.master:
             self._copy.copy_(self.master)
         for (layer, name), group in self._groups.items():
-            if group is not None and group.b is not None:
+            if group is not None and not self.master.is_cuda:
                 for part, (rows, columns, _) in zip(self._parts(name), group.blocks, strict=True):
                     torch.mul(self._pairs[f"{layer}.{part}"][1], self.scale, out=group.b[rows, columns])
 
-    def join(self, layer: int, matrices: Mapping[str, Tensor]) -> None:
+    def join(self, layer: int, matrices: Mapping[str, Matrix]) -> None:
         """Make ready for a visit of a layer: its B, scaled, go into the last columns of matrices with room for them.
 
         With DoRA the gains are computed from them, once after each `refresh`.
@@ -181,7 +187,7 @@ class LoRA:
         for name in GROUPS if self.dora else ():
             group = self._groups[layer, name]
             if group is not None and (layer, name) not in self._gains:
-                self._gains[layer, name] = self._new_gain(group, self._squares[layer, name], matrices[name])
+                self._gains[layer, name] = self._new_gain(group, self._squares[layer, name], _plain(matrices[name]))
 
     def _new_gain(self, group: GroupLoRA, square: Tensor, weight: Tensor) -> Tensor:
         """m / ||W + scale B A|| of each row, and 1 for rows without an adapter.
@@ -189,7 +195,7 @@ class LoRA:
         The norm's square is ||w||^2 + 2 w A^T b + b A A^T b for a row w with its scaled b.
         """
         width, cols = group.a.shape
-        a, b = group.a.float(), (weight[:, cols:] if group.b is None else group.b)[:, :width].float()
+        a, b = group.a.float(), (weight[:, cols:] if weight.shape[1] > cols else group.b)[:, :width].float()
         crossed = torch.mm(weight[:, :cols], group.a.t()).mul(2.0).add(torch.mm(b, torch.mm(a, a.t())))
         norm = (square + (crossed * b).sum(1)).clamp_min_(1e-30).sqrt_()
         gain = torch.ones_like(norm)
@@ -197,45 +203,47 @@ class LoRA:
             torch.div(magnitude, norm[rows], out=gain[rows])
         return gain
 
-    def _put_b(self, layer: int, matrices: Mapping[str, Tensor]) -> None:
-        roomy = {name: matrices[name] for name in GROUPS if self._has_tail(layer, name, matrices[name])}
-        if not roomy:
+    def _put_b(self, layer: int, matrices: Mapping[str, Matrix]) -> None:
+        tails = {name: tail for name in GROUPS if (tail := self._tail(layer, name, matrices[name])) is not None}
+        if not tails:
             return
-        first = next(iter(roomy.values()))
+        first = next(iter(tails.values()))
         if first.is_cuda and first.dtype == torch.bfloat16 and has_triton(first.device):
             from gemwright.kernels.triton_join import join
 
             key = (layer, first.data_ptr())
             if key not in self._tables:
-                self._tables[key] = self._table(layer, roomy)
+                self._tables[key] = self._table(layer, tails)
             table, rows = self._tables[key]
             join(self.master, table, self.scale, self.rank, max(self.tails().values()), rows)
             return
-        for name, matrix in roomy.items():
-            tail = matrix[:, matrix.shape[1] - self.tails()[name] :]
+        for name, tail in tails.items():
             tail.zero_()
             for part, (rows_of, columns, _) in zip(
                 self._parts(name), needed(self._groups[layer, name]).blocks, strict=True
             ):
                 tail[rows_of, columns] = self._pairs[f"{layer}.{part}"][1] * self.scale
 
-    def _has_tail(self, layer: int, name: str, matrix: Tensor) -> bool:
+    def _tail(self, layer: int, name: str, matrix: Matrix) -> Tensor | None:
+        """Where b goes for a visit: behind the rows of the matrix, or beside one in fp8; None where it lies ready."""
         group = self._groups[layer, name]
-        return group is not None and matrix.shape[1] > group.a.shape[1]
+        if group is None:
+            return None
+        if isinstance(matrix, Tensor):
+            return matrix[:, group.a.shape[1] :] if matrix.shape[1] > group.a.shape[1] else None
+        return group.b
 
-    def _table(self, layer: int, matrices: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def _table(self, layer: int, targets: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """What `triton_join.join` is told of a layer, and the most rows of a part."""
         from gemwright.kernels.triton_join import joined_table
 
         entries, tails = [], self.tails()
-        for name, matrix in matrices.items():
-            row, column = 0, 0
+        for name, tail in targets.items():
+            row, column, pitch = 0, 0, tail.stride(0)
             for part in GROUPS[name]:
-                rows, cols = self.spec.linear_shapes[part]
-                adapted = part in self.targets
+                rows, adapted = self.spec.linear_shapes[part][0], part in self.targets
                 at = int(self._pairs[f"{layer}.{part}"][1].storage_offset()) if adapted else -1
-                pitch = matrix.stride(0)
-                address = matrix.data_ptr() + matrix.element_size() * (row * pitch + cols)
+                address = tail.data_ptr() + tail.element_size() * row * pitch
                 entries.append((at, rows, address, pitch, column, tails[name]))
                 row, column = row + rows, column + self.rank * adapted
         return joined_table(entries, self.master.device), max(entry[1] for entry in entries)
@@ -321,8 +329,8 @@ class Linear:
     """One group's product with its adapters, for one visit of one layer by one micro-batch. Keeps nothing.
 
     Its input lies in rows of in + T columns (`room`), the last ones filled with t = dropout(x) a^T. Where the weight is
-    [out, in + T] with b as its last columns (`LoRA.join`), base and adapter are one product; else they are two. DoRA's
-    gain multiplies what comes out of it and what goes back into it.
+    [out, in + T] with b as its last columns (`LoRA.join`), base and adapter are one product; else they are two. An
+    `Fp8Weight` takes them together. DoRA's gain multiplies what comes out of it and what goes back into it.
     """
 
     def __init__(self, lora: LoRA | None, layer: int, group: str, seed: int = 0) -> None:
@@ -344,13 +352,15 @@ class Linear:
             if width < t.shape[1]:
                 t[:, width:] = 0
 
-    def forward(self, room: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    def forward(self, room: Tensor, weight: Matrix, out: Tensor) -> Tensor:
         """Write y [rows, out] = x W^T + t b^T of a filled `room`, times the gain, to `out` and return it."""
-        if self._group is None or weight.shape[1] == room.shape[1]:
+        x, t = self._split(room)
+        if isinstance(weight, Fp8Weight):
+            weight.product(x, out, *(() if self._group is None else (t, self._group.b)))
+        elif self._group is None or weight.shape[1] == room.shape[1]:
             torch.mm(room, weight.t(), out=out)
         else:
-            x, t = self._split(room)
-            torch.mm(x, weight.t(), out=out).addmm_(t, needed(self._group.b).t())
+            torch.mm(x, weight.t(), out=out).addmm_(t, self._group.b.t())
         return out if (gain := self._gain()) is None else out.mul_(gain)
 
     def gradient_room(self, y: Tensor) -> Tensor:
@@ -358,7 +368,7 @@ class Linear:
         return y if self._gain() is None else torch.empty_like(y)
 
     def backward(
-        self, dy: Tensor, weight: Tensor, room: Tensor, y: Tensor, chunk: int = 0, *, input_gradient: bool = True
+        self, dy: Tensor, weight: Matrix, room: Tensor, y: Tensor, chunk: int = 0, *, input_gradient: bool = True
     ) -> Tensor | None:
         """Add the adapters' gradients to their LoRA and return dx (None where nobody asks for it).
 
@@ -366,27 +376,30 @@ class Linear:
         """
         group = self._group
         if group is None or self._lora is None:
-            return torch.mm(dy, weight) if input_gradient else None
+            return _back(dy, weight) if input_gradient else None
         if (gain := self._gain()) is not None:
             _add_magnitudes(group, dy, y)
             dy.mul_(gain)
         x, t = self._split(room)
-        joined = weight.shape[1] == room.shape[1]
-        both = torch.mm(dy, weight) if joined and input_gradient else None
+        joined = isinstance(weight, Tensor) and weight.shape[1] == room.shape[1]
+        both = _back(dy, weight) if joined and input_gradient else None
         if both is not None:
             dt = both[:, x.shape[1] :]
+        elif isinstance(weight, Tensor) and joined:
+            dt = torch.mm(dy, weight[:, x.shape[1] :])
         else:
-            dt = torch.mm(dy, weight[:, x.shape[1] :] if joined else needed(group.b))
+            dt = torch.mm(dy, group.b)
         mask, width = self._mask(x, chunk), group.a.shape[0]
-        dt = dt[:, :width]
-        _add_product(group.grad_a, dt.t(), x if mask is None else x * mask)
+        _add_product(group.grad_a, dt[:, :width].t(), x if mask is None else x * mask)
         self._add_b(group, dy, t, self._lora.scale)
         if not input_gradient:
             return None
-        dx = torch.mm(dy, weight) if both is None else both[:, : x.shape[1]]
+        if isinstance(weight, Fp8Weight) and mask is None:
+            return weight.back(dy, dt, F.pad(group.a, (0, 0, 0, dt.shape[1] - width)))
+        dx = _back(dy, weight) if both is None else both[:, : x.shape[1]]
         if mask is None:
-            return dx.addmm_(dt, group.a)
-        return dx.add_(torch.mm(dt, group.a).mul_(mask))
+            return dx.addmm_(dt[:, :width], group.a)
+        return dx.add_(torch.mm(dt[:, :width], group.a).mul_(mask))
 
     def _gain(self) -> Tensor | None:
         return None if self._lora is None else self._lora.gain(*self._place)
@@ -414,6 +427,17 @@ class Linear:
         return (
             torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(keep, generator=generator).div_(keep)
         )
+
+
+def _plain(matrix: Matrix) -> Tensor:
+    """DoRA's norms need the rows themselves; `train.config` refuses it together with fp8."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError("DoRA over weights in fp8")
+    return matrix
+
+
+def _back(dy: Tensor, weight: Matrix) -> Tensor:
+    return weight.back(dy) if isinstance(weight, Fp8Weight) else torch.mm(dy, weight)
 
 
 def _add_magnitudes(group: GroupLoRA, dy: Tensor, y: Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias, Union
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from torch import Tensor
 from gemwright.spec import ModelSpec
 from gemwright.weights.model_file import ModelFile
 from gemwright.weights.quants import unpack
+
+if TYPE_CHECKING:
+    from gemwright.model.fp8 import Fp8Weight
+
+Matrix: TypeAlias = Union[Tensor, "Fp8Weight"]
 
 # Linear layers that read the same input are one matrix product; the order of rows is the order of names.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -29,7 +34,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 class LayerWeights:
     """`matrices[group]` is [out, in] in the compute dtype; `norms[name]` fp32, folded, q_norm scaled for attention."""
 
-    matrices: Mapping[str, Tensor]
+    matrices: Mapping[str, Matrix]
     norms: Mapping[str, Tensor]
 
 

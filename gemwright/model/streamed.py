@@ -11,24 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gemwright.kernels.dispatch import has_triton
+from gemwright.model.fp8 import Fp8Scratch
 from gemwright.model.residency import GROUPS, LayerWeights
 from gemwright.model.sources import LayerBytes, Source, SourceKind, open_source
-from gemwright.weights import quants
+from gemwright.model.unpacked import unpack
 from gemwright.weights.model_file import ModelFile
 
 _EMBED_ROWS = 8192
-
-
-def unpack(raw: Tensor, qtype: str, out: Tensor) -> Tensor:
-    """Write the values of `raw` to `out` [rows, cols], whose rows may have a longer pitch."""
-    if raw.is_cuda and has_triton(raw.device) and qtype not in ("F32", "F16", "BF16"):
-        from gemwright.kernels import triton_unpack
-
-        return triton_unpack.unpack(raw, qtype, out)
-    if out.is_contiguous():
-        return quants.unpack(raw, qtype, out=out)
-    return out.copy_(quants.unpack(raw, qtype, out.dtype))
 
 
 def spread(count: int, of: int) -> list[int]:
@@ -40,7 +29,8 @@ class StreamedResidency:
     """A `Residency` on a GPU for steps that visit all layers up and then down again.
 
     `resident` layers stay packed on the device, others pass through `slots` buffers. `tails[group]` columns are left
-    free at the right of each matrix for the adapters (see `model.lora.Linear`).
+    free at the right of each matrix for the adapters (see `model.lora.Linear`). With `fp8` the scratch holds
+    `model.fp8.Fp8Weight`s instead of bf16.
     """
 
     def __init__(
@@ -54,6 +44,7 @@ class StreamedResidency:
         slots: int = 2,
         source: SourceKind = "auto",
         head_rows: int = 8192,
+        fp8: bool = False,
     ) -> None:
         self.spec, self.dtype, self.device, self._file = file.spec, dtype, device, file
         self.vocab, self.head_chunk = self.spec.vocab, head_rows
@@ -62,9 +53,10 @@ class StreamedResidency:
         self._layers = [LayerBytes(file, i) for i in range(self.spec.layers)]
         self.streamed = [i for i in range(self.spec.layers) if i not in resident]
         self._embed = file.tensors["embed"].data.to(device)
-        self._scratch = self._new_matrices(tails or {})
+        self._scratch = {} if fp8 else self._new_matrices(tails or {})
+        self._fp8 = Fp8Scratch(self.spec, tails or {}, device) if fp8 else None
         self._head = torch.empty(head_rows, self.spec.hidden, dtype=dtype, device=device)
-        self._moves = [self._moves_of(i) for i in range(self.spec.layers)]
+        self._moves = [[] if fp8 else self._moves_of(i) for i in range(self.spec.layers)]
         self._unpacked: int | None = None
         self._source: Source | None = open_source(self._layers, source, device) if self.streamed else None
         largest = max((self._layers[i].size for i in self.streamed), default=0)
@@ -99,7 +91,7 @@ class StreamedResidency:
             if slot is not None:
                 self._free[slot] = self._event()
         self._prefetch(self._wanted[at])
-        return LayerWeights(self._scratch, self._norms[index])
+        return LayerWeights(self._fp8.weights(index) if self._fp8 else self._scratch, self._norms[index])
 
     def release(self, index: int) -> None:
         """See `Residency.release`; the stream's order does the rest."""
@@ -153,6 +145,10 @@ class StreamedResidency:
         return layer
 
     def _unpack(self, index: int, packed: Tensor) -> None:
+        if self._fp8 is not None:
+            pieces = {piece.part: piece for piece in self._layers[index].pieces}
+            for group, parts in GROUPS.items():
+                self._fp8.fill(index, group, [(pieces[p].of(packed), pieces[p].qtype) for p in parts])
         for start, end, row_bytes, qtype, out in self._moves[index]:
             unpack(packed[start:end].view(-1, row_bytes), qtype, out)
         self._unpacked = index

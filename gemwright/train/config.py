@@ -17,7 +17,8 @@ class TrainConfig(BaseModel):
 
     `seq` is the most tokens of a packed row (a micro-batch); a step passes `tokens_per_step // seq` rows. `alpha` None
     means `rank`. `lr` rises linearly over `warmup` (a share of all steps), then follows `schedule`. After `patience`
-    updates in a row whose loss or gradient is not finite the run stops.
+    updates in a row whose loss or gradient is not finite the run stops. `compute` "fp8" is for the products of the
+    frozen weights alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +45,7 @@ class TrainConfig(BaseModel):
     train_on: Literal["all", "model", "last"] = "model"
     seed: int = Field(0, ge=0, lt=2**31)
     precision: str = "auto"
+    compute: Literal["bf16", "fp8"] = "bf16"
     recompute: Literal["auto", "always", "never"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     vram: int | None = Field(None, gt=0)
@@ -60,6 +62,10 @@ class TrainConfig(BaseModel):
             name = str(first["loc"][0]).replace("_", "-")
             what = f"{first['input']!r} is not possible ({first['msg'].lower()})"
             raise InputError(what, where=f"--{name}", fix="See 'gemwright tune --help'.") from None
+        if self.compute == "fp8" and self.dora:
+            raise InputError("DoRA needs the weights' rows in bf16", where="--dora", fix="Leave --compute fp8 out.")
+        if self.compute == "fp8" and self.precision == "fp32":
+            raise InputError("fp8 products have bf16 around them", where="--compute", fix="Leave --precision out.")
 
     @field_validator("vram", mode="before")
     @classmethod

@@ -25,7 +25,7 @@ from gemwright.train.config import TrainConfig
 from gemwright.train.memory import peak_rss_bytes, rss_bytes
 from gemwright.train.optimizer import Optimizer, learning_rate
 from gemwright.train.plot import plot_loss
-from gemwright.train.setup import Setup, choose_device, set_up, shrink, use_expandable_segments
+from gemwright.train.setup import Setup, check_compute, choose_device, set_up, shrink, use_expandable_segments
 from gemwright.train.step import StepLoss, forward_backward
 from gemwright.weights.gguf_writer import write_gguf_lora
 from gemwright.weights.model_file import ModelFile, open_model
@@ -86,6 +86,7 @@ def tune(config: TrainConfig, on_progress: Callable[[Progress], None] | None = N
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
+    check_compute(config.compute, device)
     dtype = choose_dtype(config.precision, device)
     file = open_model(resolve_model(config.model))
     if config.seq > file.spec.context:
@@ -110,7 +111,7 @@ def _record(config: TrainConfig, file: ModelFile, setup: Setup, examples: list[E
     plan = setup.arrangement
     record = config.model_dump(mode="json") | {
         "alpha": config.scaled_alpha,
-        "compute": str(setup.dtype).removeprefix("torch."),
+        "compute": "fp8" if config.compute == "fp8" else str(setup.dtype).removeprefix("torch."),
         "device": setup.device.type,
         "examples": len(examples),
         "base": {"path": str(file.path), "size": file.spec.name, "type": file.quantization},

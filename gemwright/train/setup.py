@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from gemwright.errors import InputError, MachineError
+from gemwright.kernels.dispatch import has_triton
 from gemwright.model.activations import Activations, Offloaded, OnDevice
 from gemwright.model.decoder import Gemma
 from gemwright.model.layer import Keep
@@ -26,6 +27,7 @@ from gemwright.weights.model_file import ModelFile
 
 # What is left to the desktop and to CUDA itself where nobody says how much may be used.
 MARGIN_BYTES = 512 * MIB
+FP8_SINCE = (8, 9)
 
 
 @dataclass
@@ -90,6 +92,21 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
+def check_compute(compute: str, device: torch.device) -> None:
+    """InputError where the device cannot compute as asked."""
+    if compute != "fp8":
+        return
+    if device.type == "cpu":
+        why = "a CPU has no fp8 products"
+    elif (capability := torch.cuda.get_device_capability(device)) < FP8_SINCE:
+        why = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]}) has no fp8"
+    elif not has_triton(device):
+        why = "fp8 needs Triton, which cannot be used here"
+    else:
+        return
+    raise InputError(why, where="--compute", fix="Use --compute bf16.")
+
+
 def job_of(config: TrainConfig, file: ModelFile) -> Job:
     """What the configuration asks the GPU to hold."""
     largest = max(LayerBytes(file, i).size for i in range(file.spec.layers))
@@ -103,6 +120,7 @@ def job_of(config: TrainConfig, file: ModelFile) -> Job:
         config.rows_per_step,
         deterministic=config.deterministic,
         dora=config.dora,
+        fp8=config.compute == "fp8",
     )
 
 
@@ -186,6 +204,7 @@ def on_gpu(
         slots=plan.slots,
         source=config.source,
         head_rows=plan.head_rows,
+        fp8=config.compute == "fp8",
     )
     work = Work(plan.keep, plan.chunk, plan.positions, plan.head_rows)
     store = Offloaded(plan.on_host, device)

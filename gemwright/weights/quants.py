@@ -12,7 +12,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Values unpacked at once: temporaries stay in the CPU's second-level cache; a GPU wants few, large launches.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 24
 _LOW4 = 0x0F0F0F0F0F0F0F0F
@@ -47,8 +47,8 @@ def unpack(raw: Tensor, qtype: str, dtype: torch.dtype = torch.float32, out: Ten
     raw = raw.contiguous()
     if raw.data_ptr() % 4:
         raw = raw.clone()
-    if qtype in _PLAIN:
-        return out.copy_(raw.view(_PLAIN[qtype]))
+    if qtype in PLAIN:
+        return out.copy_(raw.view(PLAIN[qtype]))
     kernel, blocks, target = _KERNELS[qtype], raw.view(-1, size), out.view(-1, values)
     step = (_CPU_CHUNK if raw.device.type == "cpu" else _GPU_CHUNK) // values
     for start in range(0, blocks.shape[0], step):
@@ -61,8 +61,8 @@ def pack(values: Tensor, qtype: str) -> Tensor:
 
     Raises ValueError for a type that cannot be packed or columns that do not fill whole blocks.
     """
-    if qtype in _PLAIN:
-        return values.to(_PLAIN[qtype]).contiguous().view(torch.uint8)
+    if qtype in PLAIN:
+        return values.to(PLAIN[qtype]).contiguous().view(torch.uint8)
     if qtype not in _PACKERS:
         raise ValueError(f"cannot pack {qtype}; possible: {', '.join(PACKABLE)}")
     width, size = block_size(qtype)
@@ -207,5 +207,5 @@ _KERNELS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "Q6_K": _q6_k,
 }
 _PACKERS: dict[str, Callable[[Tensor], Tensor]] = {"Q4_0": _pack_q4_0, "Q8_0": _pack_q8_0}
-QTYPES = (*_KERNELS, *_PLAIN)
-PACKABLE = (*_PACKERS, *_PLAIN)
+QTYPES = (*_KERNELS, *PLAIN)
+PACKABLE = (*_PACKERS, *PLAIN)

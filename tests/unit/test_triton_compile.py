@@ -24,7 +24,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from gemwright.kernels import (
+    fp8,
     triton_cross_entropy,
+    triton_fp8,
     triton_geglu,
     triton_heads,
     triton_join,
@@ -34,14 +36,17 @@ from gemwright.kernels import (
 )
 from gemwright.kernels.cross_entropy import Running
 
-MODULES = (triton_cross_entropy, triton_geglu, triton_heads, triton_join, triton_norm, triton_unpack)
+MODULES = (triton_cross_entropy, triton_fp8, triton_geglu, triton_heads, triton_join, triton_norm, triton_unpack)
 SHARED_BYTES = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; the other generations have more
 CAPABILITIES = (80, 86, 89, 90, 120)  # A100, RTX 30, RTX 40, H100, RTX 50
+FP8_SINCE = 89
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -142,6 +147,22 @@ def run_unpack(qtype: str) -> None:
     triton_unpack.unpack(raw, qtype, meta(rows, cols))
     triton_unpack.unpack(raw, qtype, meta(rows, cols + 64)[:, :cols])
     triton_unpack.unpack(raw, qtype, meta(rows, cols, dtype=torch.float32))
+    triton_unpack.unpack(raw, qtype, fp8.new_rows(rows, cols, 48, raw)[:, :cols], meta(rows, dtype=torch.float32))
+
+
+def run_fp8(rows: int, width: int, t: int) -> None:
+    """A weight of `rows` x `width` with its adapters, both ways, and the rows that meet it."""
+    n, f32 = 8192, torch.float32
+    x, tail, gain = meta(n, width + t)[:, :width], meta(n, width + t)[:, width:], meta(1, dtype=f32)
+    normal, turned = fp8.new_rows(rows, width, t, x), fp8.new_rows(width, rows, t, x)
+    triton_fp8.quantise_rows(x, fp8.new_rows(n, width, t, x), meta(n, dtype=f32), None, tail, gain)
+    back, factor = fp8.new_rows(n, rows, t, x), meta(rows, dtype=f32)
+    triton_fp8.quantise_rows(meta(n, rows), back, meta(n, dtype=f32), factor, meta(n, t), gain)
+    triton_fp8.quantise_rows(meta(n, rows), back, meta(n, dtype=f32), factor)
+    triton_fp8.quantise_rows(meta(rows, width), normal[:, :width], factor, floor=gain)
+    triton_fp8.join_tail(meta(rows, t), factor, normal[:, width:])
+    triton_fp8.join_tail(meta(t, width).t(), None, turned[:, rows:])
+    triton_fp8.turn(normal[:, :width], turned[:, :rows])
 
 
 @pytest.fixture
@@ -160,6 +181,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     for rank in (3, 16, 128):
         master, table = meta(1 << 20, dtype=torch.float32), meta(7, 6, dtype=torch.int64)
         triton_join.join(master, table, 1.0, rank, 3 * rank + 5, 21_504)
+    run_fp8(43008, 5376, 32)
+    run_fp8(8192, 5376, 48)
+    run_fp8(5376, 21504, 16)
+    run_fp8(640, 2048, 8)
     monkeypatch.undo()
     yield noted
 
@@ -174,6 +199,8 @@ def test_every_launch_compiles(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for launch in launches:
+        if "*fp8e4nv" in launch.signature.values() and capability < FP8_SINCE:
+            continue
         attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
         source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
         built = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": launch.warps})
