@@ -11,7 +11,7 @@ _ROWS = 128
 
 
 @triton.jit
-def _join_kernel(master, table, scale, blocks, RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def _join_adapters_kernel(master, table, scale, blocks, RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     entry = table + tl.program_id(0) // blocks * 6
     source, rows, address = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     pitch, first, tail = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
@@ -32,7 +32,7 @@ def join(master: Tensor, table: Tensor, scale: float, rank: int, width: int, row
     blocks = -(-rows // _ROWS)
     grid = (blocks * table.shape[0],)
     power = 1 << (width - 1).bit_length()
-    _join_kernel[grid](master, table, scale, blocks, RANK=rank, WIDTH=power, ROWS=_ROWS, num_warps=4)
+    _join_adapters_kernel[grid](master, table, scale, blocks, RANK=rank, WIDTH=power, ROWS=_ROWS, num_warps=4)
 
 
 def joined_table(entries: list[tuple[int, int, int, int, int, int]], device: torch.device) -> Tensor:
