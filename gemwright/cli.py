@@ -166,6 +166,20 @@ def tune(
     recompute: Annotated[
         str | None, typer.Option("--recompute", help="Activations anew in the backward: auto, always, never.")
     ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option("--vram", help="Video memory never to exceed, e.g. 7.5GiB (what is free, less 0.5 GiB)."),
+    ] = None,
+    residency: Annotated[
+        str | None, typer.Option("--residency", help="Packed layers on the GPU: auto, resident or streamed.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Where layers stream from: auto, mapped, pinned or pageable.")
+    ] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="The same bits in every run, more slowly.")
+    ] = None,
     seed: Seed = None,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -176,6 +190,7 @@ def tune(
     Examples:
       gemwright tune chats.jsonl --model 270m --out runs/first
       gemwright tune chats.jsonl --model 270m --out runs/short --max-steps 50 --rank 8 --json
+      gemwright tune chats.jsonl --model 27b --out runs/large --seq 2048 --tokens-per-step 8192 --vram 7.5GiB
     """
     given = {key: value for key, value in locals().items() if value is not None and key != "as_json"}
     from gemwright.train.config import TrainConfig
@@ -320,4 +335,8 @@ def _training_text(progress: Progress) -> str:
     return (
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {progress.tokens_per_s:.0f} tokens/s  "
         f"{duration(progress.eta_s)} left  {size(progress.rss_bytes)}"
+    ) + (
+        f" of RAM  {size(progress.device_bytes)} of VRAM  {progress.waiting:.0%} waiting"
+        if progress.device_bytes
+        else ""
     )

@@ -378,6 +378,16 @@ def _estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
     return replace(plan, step_s=up + down + 1.2 * head)
 
 
+def itemised(plan: Arrangement, budget: int) -> list[str]:
+    """Every item of an arrangement's bytes, a line each, and their sum beside the budget."""
+    shown = [(name, count) for name, count in plan.items.items() if count]
+    shown += [(f"together, of {budget / 2**30:.2f} GiB", plan.predicted_bytes)]
+    width = max(len(name) for name, _ in shown)
+    lines = [f"  {name:<{width}}  {count / 2**30:6.2f} GiB" for name, count in shown]
+    ram = f"activations in RAM {plan.host_bytes / 2**30:.1f} GiB, " if plan.host_bytes else ""
+    return [*lines, f"  {ram}about {plan.step_s:.2g} s a step predicted"]
+
+
 def _longest(*seconds: float) -> float:
     """The longest of what goes on side by side, and a little of the rest, since nothing overlaps wholly."""
     return max(seconds) + 0.03 * (sum(seconds) - max(seconds))

@@ -18,7 +18,8 @@ from gemwright.model.lora import LoRA
 from gemwright.model.residency import UnpackedResidency
 from gemwright.model.sources import LayerBytes
 from gemwright.model.streamed import StreamedResidency, spread
-from gemwright.train.arrange import MIB, Arrangement, Card, Job, arrange
+from gemwright.report import say
+from gemwright.train.arrange import MIB, Arrangement, Card, Job, arrange, described, itemised
 from gemwright.train.batches import Encoded, Row, make_row
 from gemwright.train.config import TrainConfig
 from gemwright.train.memory import activation_bytes, keep_freed_memory, spare_bytes
@@ -142,6 +143,9 @@ def set_up(config: TrainConfig, file: ModelFile, device: torch.device, dtype: to
     if device.type == "cpu":
         return _on_cpu(config, file, new_lora(config, file, device, dtype), dtype)
     plan = plan_for(config, file, device)
+    say(f"{torch.cuda.get_device_name(device)}: {described(plan, file.spec.layers)}")
+    for line in itemised(plan, budget_bytes(config.vram, device)):
+        say(line)
     return on_gpu(plan, config, file, new_lora(config, file, device, dtype), device, dtype)
 
 
