@@ -99,24 +99,39 @@ def demo(
 @app.command()
 def pull(
     name: Annotated[str, typer.Argument(help="270m, 270m-it, 1b, 4b, 12b, 27b (-pt: base model), or a path.")],
+    random: Annotated[bool, typer.Option("--random", help="Write random weights in that size's shapes.")] = False,
+    kind: Annotated[str | None, typer.Option("--type", help="Number format of --random (Q4_0), also Q4_K_M.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="New file of --random.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of --random (0).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fetch a model, or take one that is here, and check that it is whole.
+
+    With --random, make one of random weights instead, to measure with.
 
     \b
     Examples:
       gemwright pull 270m
       gemwright pull ./gemma-3-4b-it-q4_0.gguf --json
+      gemwright pull 27b --random --type Q4_K_M
     """
     from gemwright.weights.pull import pull as fetch
+    from gemwright.weights.pull import pull_random
 
-    got = fetch(name, report=say)
+    if not random and (kind, out, seed) != (None, None, None):
+        raise typer.BadParameter("--type, --out and --seed go with --random")
+    if random:
+        with Progressing() as progress:
+            got = pull_random(name, kind or "Q4_0", out, seed or 0, report=progress.say, on_progress=progress.update)
+    else:
+        got = fetch(name, report=say)
     result = {k: getattr(got, k) for k in ("path", "sha256", "bytes", "size", "quantization")}
     result["path"] = str(result["path"])
     _give(
         result, as_json, f"{got.path}\nGemma 3 {got.size}, {got.quantization}, {size(got.bytes)}, sha256 {got.sha256}"
     )
-    say(f"next: {command('gemwright', 'chat', '--model', name)}")
+    verb = ("tune", "YOUR.jsonl", "--out", "runs/mine") if random else ("chat",)
+    say(f"next: {command('gemwright', *verb, '--model', got.path if random else name)}")
 
 
 @app.command()
@@ -128,7 +143,17 @@ def tune(
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data (1).")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="LoRA rank (16).")] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha (the rank).")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank), not alpha / rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Learn each row's magnitude too (not for llama.cpp).")] = False,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate (0.001).")] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", help="cosine (default), linear or constant.")] = None,
+    warmup: Annotated[float | None, typer.Option("--warmup", help="Share of the steps that --lr rises (0.05).")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="AdamW's decay of adapters (0).")] = None,
+    clip: Annotated[float | None, typer.Option("--clip", help="Longest gradient that is not shortened (1).")] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option("--patience", min=1, help="Stop after so many updates in a row with no finite loss (5)."),
+    ] = None,
     seq: Annotated[int | None, typer.Option("--seq", min=16, help="Tokens a packed row (1024).")] = None,
     tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", min=16, help="Tokens a step.")] = None,
     dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout (0).")] = None,
@@ -159,14 +184,17 @@ def tune(
     config = TrainConfig(**given)
     with Progressing() as progress:
         result = train(config, lambda p: progress.update(p.phase, p.step / max(p.steps, 1), _training_text(p)))
-    row = asdict(result) | {key: str(getattr(result, key)) for key in ("run", "adapter", "adapter_gguf")}
+    row = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
     _give(
         row,
         as_json,
         f"{out}: {result.steps} steps, loss {result.loss_first:.3f} -> {result.loss_last:.3f}, "
         f"{result.tokens_per_s:.0f} tokens/s, peak {size(result.peak_rss_bytes)} of RAM",
     )
-    say(f"next: {command('gemwright', 'chat', '--model', model, '--adapter', out)}")
+    pytorch = () if result.adapter_gguf else ("--engine", "pytorch")
+    if pytorch:
+        say("no adapter.gguf was written: llama.cpp cannot express DoRA; --engine pytorch runs it")
+    say(f"next: {command('gemwright', 'chat', '--model', model, '--adapter', out, *pytorch)}")
 
 
 @app.command()

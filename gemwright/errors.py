@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class GemwrightError(Exception):
     """A failure with one clear line: what happened, where, and what to do about it.
@@ -33,3 +37,10 @@ class DoesNotFit(GemwrightError):
     """The work asked for is larger than the memory allowed for it."""
 
     exit_code = 3
+
+
+def needed(value: T | None) -> T:
+    """`value`, which the order of calls guarantees."""
+    if value is None:
+        raise RuntimeError("called in the wrong order: a value that an earlier call leaves is missing")
+    return value

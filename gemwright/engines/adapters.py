@@ -20,10 +20,15 @@ _TRAINED_ON = "Give the model that the adapter was trained on."
 
 
 def find_gguf_lora(path: Path, spec: ModelSpec, scratch: Path) -> Path:
-    """The GGUF LoRA of `path`, checked against `spec`; a PEFT folder is converted into `scratch`."""
+    """The GGUF LoRA of `path`, checked against `spec`; a PEFT folder is converted into `scratch`.
+
+    InputError for DoRA, for which llama.cpp has no arithmetic.
+    """
+    run = is_run(path, spec)
+    _refuse_dora(path / "adapter" if run else path)
     if is_peft(path):
         return _convert(path, spec, scratch)
-    found = path / "adapter.gguf" if is_run(path, spec) else path
+    found = path / "adapter.gguf" if run else path
     if not found.is_file():
         _missing(path)
     check_gguf_lora(found, spec)
@@ -35,25 +40,30 @@ def is_peft(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
+def _refuse_dora(folder: Path) -> None:
+    if is_peft(folder) and _read(folder / "adapter_config.json").get("use_dora"):
+        raise InputError("llama.cpp cannot run a DoRA adapter", where=folder, fix="Use --engine pytorch.")
+
+
 def is_run(path: Path, spec: ModelSpec) -> bool:
     """Whether `path` is a run folder; InputError where its run was on another size of model."""
     config = path / "config.json"
     if not config.is_file():
         return False
-    size = _base(config).get("size")
+    base = _read(config).get("base")
+    size = base.get("size") if isinstance(base, dict) else None
     if size is not None and size != spec.name:
         what = f"adapter for another model: trained on Gemma 3 {size}, this is Gemma 3 {spec.name}"
         raise InputError(what, where=path, fix=_TRAINED_ON)
     return True
 
 
-def _base(config: Path) -> dict[str, Any]:
+def _read(config: Path) -> dict[str, Any]:
     try:
         value = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot be read ({error})", where=config, fix="Give the --out of a finished run.") from None
-    base = value.get("base") if isinstance(value, dict) else None
-    return base if isinstance(base, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _missing(path: Path) -> None:
@@ -87,7 +97,7 @@ def _convert(folder: Path, spec: ModelSpec, scratch: Path) -> Path:
     from gemwright.weights.gguf_writer import write_gguf_lora
     from gemwright.weights.peft_files import read_peft_adapter
 
-    config, pairs = read_peft_adapter(folder, spec)
+    adapter = read_peft_adapter(folder, spec)
     made = scratch / f"{len(list(scratch.iterdir()))}.gguf"
-    write_gguf_lora(made, spec, spec.name, float(config["lora_alpha"]), pairs)
+    write_gguf_lora(made, spec, spec.name, adapter.scale * adapter.config["r"], adapter.pairs)
     return made

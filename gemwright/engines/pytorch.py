@@ -19,7 +19,7 @@ from gemwright.spec import ModelSpec
 from gemwright.text.tokenizer import Tokenizer
 from gemwright.weights.gguf_writer import read_gguf_lora
 from gemwright.weights.model_file import open_model
-from gemwright.weights.pairs import Pairs
+from gemwright.weights.pairs import Magnitudes, Pairs
 from gemwright.weights.peft_files import read_peft_adapter
 
 
@@ -101,7 +101,7 @@ class PyTorch:
     ) -> None:
         self.close()
 
-    def _put_on(self, found: tuple[Pairs, float] | None) -> None:
+    def _put_on(self, found: tuple[Pairs, float, Magnitudes] | None) -> None:
         if found is None:
             self._model.load_adapter(None)
         else:
@@ -113,11 +113,11 @@ class PyTorch:
             raise InputError(what, where="prompt", fix="Give at least one token, and fewer than the context.")
 
 
-def _read_adapter(path: Path, spec: ModelSpec) -> tuple[Pairs, float]:
-    """(pairs, alpha / rank) of a run folder, a PEFT folder or a GGUF LoRA."""
+def _read_adapter(path: Path, spec: ModelSpec) -> tuple[Pairs, float, Magnitudes]:
+    """(pairs, scale, DoRA's magnitudes) of a run folder, a PEFT folder or a GGUF LoRA."""
     folder = path / "adapter" if is_run(path, spec) else path
     if is_peft(folder):
-        config, pairs = read_peft_adapter(folder, spec)
-        return pairs, config["lora_alpha"] / config["r"]
+        adapter = read_peft_adapter(folder, spec)
+        return adapter.pairs, adapter.scale, adapter.magnitudes
     alpha, pairs = read_gguf_lora(find_gguf_lora(path, spec, path), spec)
-    return pairs, alpha / next(iter(pairs.values()))[0].shape[0]
+    return pairs, alpha / next(iter(pairs.values()))[0].shape[0], {}

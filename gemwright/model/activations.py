@@ -62,7 +62,9 @@ class Offloaded:
         self._buffers: dict[tuple[int, int], Tensor] = {}
         self._away: dict[tuple[int, int], list[Tensor]] = {}
         self._back: dict[tuple[int, int], tuple[torch.cuda.Event, list[Tensor]]] = {}
+        self._locked: set[int] = set()
         self._refused = False
+        self.copies = 1  # more of them stand for a slower link
 
     def host_bytes(self) -> int:
         """Host memory held for activations."""
@@ -72,24 +74,23 @@ class Offloaded:
         """See `Activations.put`."""
         if not self._on_host[layer]:
             self._here.put(layer, row, x, visit)
+            self._let_go(0)
             return
         tensors = [x, *visit.export()]
         places = self._places((layer, row), tensors)
         now = torch.cuda.current_stream(self._device)
         self._out.wait_stream(now)
         with torch.cuda.stream(self._out):
-            for place, tensor in zip(places, tensors, strict=True):
+            for place, tensor in list(zip(places, tensors, strict=True)) * self.copies:
                 place.copy_(tensor, non_blocking=True)
         self._leaving.append((self._out.record_event(), tensors))
         self._away[layer, row] = places
-        while len(self._leaving) > 2:
-            now.wait_event(self._leaving.popleft()[0])
+        self._let_go(2)
 
     def fetch(self, layer: int) -> None:
         """See `Activations.fetch`."""
         now = torch.cuda.current_stream(self._device)
-        while self._leaving:
-            now.wait_event(self._leaving.popleft()[0])
+        self._let_go(0)
         keys = [key for key in self._away if key[0] == layer]
         if not keys:
             return
@@ -97,7 +98,7 @@ class Offloaded:
         self._in.wait_stream(now)  # the memory just taken may still be read by work queued before
         for key, tensors in arriving.items():
             with torch.cuda.stream(self._in):
-                for place, tensor in zip(self._away.pop(key), tensors, strict=True):
+                for place, tensor in list(zip(self._away.pop(key), tensors, strict=True)) * self.copies:
                     tensor.copy_(place, non_blocking=True)
             self._back[key] = self._in.record_event(), tensors
 
@@ -110,13 +111,22 @@ class Offloaded:
         visit.restore(tensors[1:])
         return tensors[0]
 
+    def _let_go(self, count: int) -> None:
+        """Free the device memory of all but `count` that are on their way out, once they have arrived."""
+        while len(self._leaving) > count:
+            torch.cuda.current_stream(self._device).wait_event(self._leaving.popleft()[0])
+
     def close(self) -> None:
         """Give the host memory back."""
         torch.cuda.synchronize(self._device)
         for buffer in self._buffers.values():
-            if buffer.is_pinned():
-                unlock(buffer)
+            self._release(buffer)
         self._buffers.clear()
+
+    def _release(self, buffer: Tensor) -> None:
+        if buffer.data_ptr() in self._locked:
+            self._locked.remove(buffer.data_ptr())
+            unlock(buffer)
 
     def _places(self, key: tuple[int, int], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Host tensors like `tensors`, in the buffer of that layer and row."""
@@ -125,7 +135,7 @@ class Offloaded:
         if buffer is None or buffer.numel() < sum(sizes):
             if buffer is not None:
                 torch.cuda.synchronize(self._device)
-                unlock(buffer)
+                self._release(buffer)
             buffer = self._buffers[key] = self._new_buffer(sum(sizes))
         places, at = [], 0
         for tensor, size in zip(tensors, sizes, strict=True):
@@ -137,7 +147,9 @@ class Offloaded:
     def _new_buffer(self, size: int) -> Tensor:
         buffer = host_buffer(size)
         touch(buffer)
-        if not lock(buffer) and not self._refused:
+        if lock(buffer):
+            self._locked.add(buffer.data_ptr())
+        elif not self._refused:
             self._refused = True
             say("the system locks no more host memory: activations are copied through unlocked memory, more slowly")
         return buffer

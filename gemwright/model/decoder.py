@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gemwright.errors import InputError
+from gemwright.errors import InputError, needed
 from gemwright.kernels.attend import Attention, plan
 from gemwright.kernels.cross_entropy import linear_cross_entropy
 from gemwright.kernels.dispatch import rms_norm
 from gemwright.kernels.heads import Table
 from gemwright.kernels.rope import rope_table
 from gemwright.model.cache import KVCache
-from gemwright.model.layer import Keep, LayerPass, needed
+from gemwright.model.layer import Keep, LayerPass
 from gemwright.model.lora import LoRA, lora_from_pairs
 from gemwright.model.precision import choose_dtype
 from gemwright.model.residency import Residency, UnpackedResidency
@@ -41,19 +41,27 @@ class Gemma:
 
     def __init__(self, residency: Residency, lora: LoRA | None = None) -> None:
         self.residency, self.lora, self.spec = residency, lora, residency.spec
+        if lora is not None:
+            lora.measure(residency)
 
     @classmethod
     def load(cls, file: ModelFile, dtype: torch.dtype | None = None, budget_bytes: int | None = None) -> Gemma:
         """A decoder over a model file; `dtype` None takes what is fastest here."""
         return cls(UnpackedResidency(file, dtype or choose_dtype("auto"), budget_bytes))
 
-    def load_adapter(self, pairs: Mapping[str, tuple[Tensor, Tensor]] | None, scale: float = 1.0) -> None:
-        """Put an adapter on (or take it off with None); `scale` = alpha / rank."""
+    def load_adapter(
+        self,
+        pairs: Mapping[str, tuple[Tensor, Tensor]] | None,
+        scale: float = 1.0,
+        magnitudes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Put an adapter on (or take it off with None); `scale` multiplies B A, `magnitudes` are DoRA's."""
         if pairs is None:
             self.lora = None
             return
         rank = next(iter(pairs.values()))[0].shape[0]
-        self.lora = lora_from_pairs(self.spec, pairs, scale * rank, self.residency.dtype)
+        self.lora = lora_from_pairs(self.spec, pairs, scale * rank, self.residency.dtype, magnitudes)
+        self.lora.measure(self.residency)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids or min(ids) < 0 or max(ids) >= self.residency.vocab:

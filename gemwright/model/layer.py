@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from gemwright.errors import needed
 from gemwright.kernels.attend import Attention, Kept
 from gemwright.kernels.dispatch import (
     geglu,
@@ -28,8 +28,6 @@ from gemwright.kernels.heads import Table, split_heads
 from gemwright.model.lora import Linear, LoRA
 from gemwright.model.residency import GROUPS, LayerWeights
 from gemwright.spec import ModelSpec
-
-T = TypeVar("T")
 
 
 class Keep(IntEnum):
@@ -86,6 +84,7 @@ class LayerPass:
         chunk: int = 1 << 30,
     ) -> None:
         self.spec, self.table, self.attention, self._chunk, self._first = spec, table, attention, chunk, index == 0
+        self._lora, self._index = lora, index
         self._linears = {group: Linear(lora, index, group, seed) for group in GROUPS}
         self._wanted: Tensor | None = None
         self._entries: list[tuple[Tensor, Tensor]] = []
@@ -111,7 +110,8 @@ class LayerPass:
         computed for them alone, as the last layer needs where few positions carry a label.
         """
         self._wanted = wanted
-        self._join(weights)
+        if self._lora is not None:
+            self._lora.join(self._index, weights.matrices)
         self._attend(x_ND, weights, hold=keep == Keep.ALL)
         if keep < Keep.ALL:
             self._heads = self._v = None
@@ -156,7 +156,8 @@ class LayerPass:
 
         `x_ND` is the forward's input; `dy` is overwritten. None for the first layer, below which nothing learns.
         """
-        self._join(weights)
+        if self._lora is not None:
+            self._lora.join(self._index, weights.matrices)
         self._attend(x_ND, weights, hold=False)
         wanted = self._wanted
         x = x_ND if wanted is None else x_ND.index_select(0, wanted)
@@ -181,10 +182,6 @@ class LayerPass:
         for index, at in enumerate(self._slices(x_ND)):
             self._entry_backward(index, at, gradients, dy[at], x_ND[at], weights)
         return None if self._first else dy
-
-    def _join(self, weights: LayerWeights) -> None:
-        for group, linear in self._linears.items():
-            linear.join(weights.matrices[group])
 
     def _slices(self, x: Tensor) -> list[slice]:
         return [slice(at, min(at + self._chunk, len(x))) for at in range(0, len(x), self._chunk)]
@@ -272,13 +269,14 @@ class LayerPass:
         """From the gradient of the layer's output to that of the attention's, returned, and of x past it, in `dy`."""
         linears, matrices, norms = self._linears, weights.matrices, weights.norms
         dd = rms_norm_backward(dy, chunk.d, self._rstd_d[index], norms["mlp_post_norm"])
-        dwide = needed(linears["down"].backward(dd, matrices["down"], chunk.wide, index))
-        geglu_backward(dwide, chunk.gate_up, chunk.activated, chunk.gate_up)
+        dwide = needed(linears["down"].backward(dd, matrices["down"], chunk.wide, chunk.d, index))
+        dboth, both = linears["gate_up"].gradient_room(chunk.gate_up), chunk.gate_up
+        geglu_backward(dwide, both, chunk.activated, dboth)
         del dwide
-        dnormed = needed(linears["gate_up"].backward(chunk.gate_up, matrices["gate_up"], chunk.normed, index))
+        dnormed = needed(linears["gate_up"].backward(dboth, matrices["gate_up"], chunk.normed, both, index))
         rms_norm_backward(dnormed, chunk.middle, chunk.rstd, norms["mlp_norm"], add=dy, out=dy)
         da = rms_norm_backward(dy, chunk.a, chunk.rstd_a, norms["attn_post_norm"])
-        return needed(linears["o"].backward(da, matrices["o"], chunk.attended, index))
+        return needed(linears["o"].backward(da, matrices["o"], chunk.attended, chunk.a, index))
 
     def _entry_backward(
         self,
@@ -300,7 +298,7 @@ class LayerPass:
         dqkv = norm_rope_backward(
             dq, dk, dv, qkv, (rstd_q[at], rstd_k[at]), norms["q_norm"], norms["k_norm"], table, torch.empty_like(qkv)
         )
-        dnormed = linear.backward(dqkv, matrix, room, index, input_gradient=not self._first)
+        dnormed = linear.backward(dqkv, matrix, room, qkv, index, input_gradient=not self._first)
         if dnormed is not None:
             rms_norm_backward(dnormed, x, rstd, norms["attn_norm"], add=dy, out=dy)
 
@@ -308,10 +306,3 @@ class LayerPass:
 def _everywhere(gradient: Tensor, wanted: Tensor, rows: int) -> Tensor:
     """A gradient of the wanted positions, with zeros at all others."""
     return gradient.new_zeros(rows, gradient.shape[1]).index_copy_(0, wanted, gradient)
-
-
-def needed(value: T | None) -> T:
-    """`value`, which the order of calls guarantees."""
-    if value is None:
-        raise RuntimeError("a layer was visited in the wrong order")
-    return value

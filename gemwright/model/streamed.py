@@ -56,6 +56,7 @@ class StreamedResidency:
         self._scratch = {} if fp8 else self._new_matrices(tails or {})
         self._fp8 = Fp8Scratch(self.spec, tails or {}, device) if fp8 else None
         self._head = torch.empty(head_rows, self.spec.hidden, dtype=dtype, device=device)
+        self._moves = [[] if fp8 else self._moves_of(i) for i in range(self.spec.layers)]
         self._unpacked: int | None = None
         self._source: Source | None = open_source(self._layers, source, device) if self.streamed else None
         largest = max((self._layers[i].size for i in self.streamed), default=0)
@@ -144,17 +145,32 @@ class StreamedResidency:
         return layer
 
     def _unpack(self, index: int, packed: Tensor) -> None:
-        shapes, pieces = self.spec.linear_shapes, {piece.part: piece for piece in self._layers[index].pieces}
-        for group, parts in GROUPS.items():
-            if self._fp8 is not None:
+        if self._fp8 is not None:
+            pieces = {piece.part: piece for piece in self._layers[index].pieces}
+            for group, parts in GROUPS.items():
                 self._fp8.fill(index, group, [(pieces[p].of(packed), pieces[p].qtype) for p in parts])
-                continue
-            row = 0
-            for part in parts:
-                rows, cols = shapes[part]
-                unpack(pieces[part].of(packed), pieces[part].qtype, self._scratch[group][row : row + rows, :cols])
-                row += rows
+        for start, end, row_bytes, qtype, out in self._moves[index]:
+            unpack(packed[start:end].view(-1, row_bytes), qtype, out)
         self._unpacked = index
+
+    def _moves_of(self, index: int) -> list[tuple[int, int, int, str, Tensor]]:
+        """(start, end, bytes a row, type, target) of a layer's unpacking; matrices that adjoin in both are one."""
+        shapes, pieces = self.spec.linear_shapes, {piece.part: piece for piece in self._layers[index].pieces}
+        moves: list[tuple[int, int, int, str, Tensor]] = []
+        for group, parts in GROUPS.items():
+            row, first = 0, len(moves)
+            for part in parts:
+                (rows, cols), piece = shapes[part], pieces[part]
+                start, end = piece.start, piece.start + piece.rows * piece.row_bytes
+                below = row
+                if len(moves) > first and moves[-1][1] == start and moves[-1][3] == piece.qtype:
+                    start, below = moves[-1][0], row - (moves[-1][1] - moves[-1][0]) // piece.row_bytes
+                    moves.pop()
+                moves.append(
+                    (start, end, piece.row_bytes, piece.qtype, self._scratch[group][below : row + rows, :cols])
+                )
+                row += rows
+        return moves
 
     def _event(self) -> torch.cuda.Event:
         event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()

@@ -23,21 +23,26 @@ from gemwright.train.batches import ROW_STEP
 MIB = 1 << 20
 # What PyTorch's matrix library takes for itself, and what its allocator cannot hand out again between blocks.
 LIBRARY_BYTES = 72 * MIB
-SLACK = 0.02
+SLACK = 0.025
 MICRO_TOKENS = 8192
 CHUNKS = (8192, 4096, 2048, 1024)
 HOST_SHARE = 0.7
+# Bytes a second over a link that is busy both ways, beside those of one way.
+BOTH_WAYS = 1.4
+# What a layer costs the CPU that launches its kernels.
+LAUNCH_UP_S, LAUNCH_DOWN_S = 0.8e-3, 1.8e-3
 # How much faster than in bf16 the products of a layer are in fp8, their rounding and that of the weights included.
 FP8_GAIN = 1.5
 # Of the layers, how many are tried as residents.
-SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+SHARES = tuple(i / 16 for i in range(17))
 
 
 class Card(NamedTuple):
-    """What a GPU does here: products in FLOP/s, copies over its link in bytes/s each way."""
+    """What a GPU does here: products in FLOP/s, copies over its link and within its memory in bytes/s."""
 
     flops: float
     link: float
+    memory: float = 1e12
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Job:
     rows: int
     labelled: float = 1.0
     deterministic: bool = False
+    dora: bool = False
     fp8: bool = False
 
     @property
@@ -205,8 +211,9 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
     """The same arrangement with its bytes: what is held throughout, and the peak of what comes and goes."""
     spec, shapes = job.spec, job.spec.linear_shapes
     groups = {g: (sum(shapes[p][0] for p in parts), shapes[parts[0]][1]) for g, parts in GROUPS.items()}
-    trained = parameters(spec, job.rank, job.targets)
-    copies = sum(job.tail(g) * (rows + cols) for g, (rows, cols) in groups.items()) * spec.layers
+    trained = parameters(spec, job.rank, job.targets, dora=job.dora)
+    copies = 2 * sum(job.tail(g) * rows for g, (rows, _) in groups.items())
+    normed = spec.layers * sum(rows for rows, _ in groups.values()) if job.dora else 0
     tokens, micro = job.rows * job.row_tokens, plan.joined * job.row_tokens
     here = sum(kept_bytes(job, k) for k, away in zip(plan.keep, plan.on_host, strict=True) if not away) * tokens
     items = {
@@ -218,12 +225,10 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
         else 2 * sum(rows * (cols + job.tail(g)) for g, (rows, cols) in groups.items()),
         "head rows, unpacked": 2 * plan.head_rows * spec.hidden,
         "norms": 4 * (spec.layers * sum(spec.norm_shapes.values()) + spec.hidden),
-        "adapters, gradients, optimizer": 16 * trained + 2 * copies,
+        "adapters, gradients, optimizer": 18 * trained + 8 * normed + copies,
         "activations kept on the GPU": here,
         "tokens, positions, rotation": tokens * (4 * 2 * spec.head_dim + 40),
-        "work space of a layer, activations in transit": max(
-            layer_peak(job, plan, micro, tokens), head_peak(job, plan, tokens)
-        ),
+        "work space, activations in transit": max(0, activation_peak(job, plan, micro, tokens) - here),
         "matrix library": LIBRARY_BYTES,
     }
     items["allocator"] = int(SLACK * sum(items.values()))
@@ -235,76 +240,147 @@ def _qkv(spec: ModelSpec) -> int:
     return (spec.heads + 2 * spec.kv_heads) * spec.head_dim
 
 
-def layer_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int:
-    """The most that one visit holds besides what is kept on the GPU, activations on their way out or in among it."""
-    spec, n, c = job.spec, micro, min(plan.chunk, micro)
-    d, f, qkv, out = spec.hidden, spec.mlp, _qkv(spec), spec.heads * spec.head_dim
-    t_qkv, t_o, t_wide, t_down = (job.tail(group) for group in GROUPS)
-    v, rotated, long = spec.kv_heads * spec.head_dim, (spec.heads + spec.kv_heads) * spec.head_dim, n > c
-    away = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if host]
-    moved = kept_bytes(job, away[0]) // 2 if away else d
-    # In fp8 a product's rounded input comes for its time; its result has no tail.
-    rounded = [product_bytes(c, w, t) // 2 for w, t in ((f, t_down), (2 * f, t_wide), (qkv, t_qkv))] if job.fp8 else []
-    down_in, wide_in, qkv_in = rounded or (0, 0, 0)
-    last = max(c * f + product_bytes(c, d, t_down) // 2, wide_in + c * d) if job.fp8 else c * (f + t_down)
-    heads = rotated + v if long else rotated + qkv
-    held = heads + out + t_o
-    wide = (d + t_wide) + 2 * f + (f + t_down)
-    flash = (4 * out + 2 * v) if n <= LONG else (4 * out + 2 * v) // spec.kv_heads
-    again = {Keep.INPUT: held, Keep.NARROW: heads, Keep.HEADS: heads - qkv if not long else heads}
-    peaks = []
-    for keep, host in set(zip(plan.keep, plan.on_host, strict=True)):
-        narrow = 0 if keep > Keep.INPUT else 2 * d
-        new = again.get(keep, heads - qkv)
-        known = (kept_bytes(job, keep) // 2 - d) if host else 0
-        more = n * new - c * 2 * f * (keep == Keep.PRODUCTS)
-        after = more + c * (narrow + d + wide + d) + last + (n * out if long else 0)
-        between = more + n * (out + t_o * (not long) + rotated + v + flash)
-        end = n * heads + n * (rotated + v) + c * 2 * (qkv + d + t_qkv) + qkv_in
-        backward = max(after, between, end)
-        coming = max(2 * (moved * tokens if away else 0), known * n + d * n)
-        peaks.append(backward + d * tokens + coming)
-        kept = 0 if host else -(kept_bytes(job, keep) // 2 - d) * n
-        start = n * (rotated + qkv + (v if long else 0) + 2 * out + t_o)
-        then = (
-            n * (out + t_o + d + (kept_bytes(job, keep) // 2 - d if keep > Keep.INPUT else 0))
-            + c * (narrow + d + wide)
-            + down_in
+@dataclass(frozen=True)
+class _Visit:
+    """Values (2 bytes each) that a visit of one layer by one micro-batch of `n` tokens holds, in chunks of `c`."""
+
+    job: Job
+    keep: Keep
+    n: int
+    c: int
+
+    @property
+    def long(self) -> bool:
+        return self.n > self.c
+
+    @property
+    def out(self) -> int:
+        return self.job.spec.heads * self.job.spec.head_dim
+
+    @property
+    def kv(self) -> int:
+        return self.job.spec.kv_heads * self.job.spec.head_dim
+
+    def rotated(self) -> int:
+        """q and k, and v where the joint projection is not kept."""
+        return self.n * (
+            self.out + self.kv * (2 if self.long else 1) + 2 * (self.job.spec.heads + self.job.spec.kv_heads)
         )
-        going = (moved * 2 * n if away else 0) + d * tokens
-        peaks.append(max(start, then + kept) + going)
-    return 2 * max(peaks)
+
+    def attended(self) -> int:
+        return self.n * (self.out + self.job.tail("o") + 2 * self.job.spec.heads)
+
+    def attend(self) -> int:
+        """The peak up to the attention's output, all computed anew."""
+        qkv = self.n * (self.out + 2 * self.kv)
+        first = qkv + self.rotated()
+        return max(first, first - (qkv if self.long else 0) + self.n * self.out + self.attended())
+
+    def chunk(self, *, kept: bool) -> int:
+        """A chunk of the MLP's side; `kept` products lie elsewhere."""
+        d, f, job = self.job.spec.hidden, self.job.spec.mlp, self.job
+        values = d + (d + job.tail("gate_up")) + (f + job.tail("down"))
+        values += 0 if kept and self.keep > Keep.INPUT else 2 * d
+        values += 0 if kept and self.keep >= Keep.PRODUCTS else 2 * f
+        return self.c * values
+
+    def rounded(self, width: int, group: str) -> int:
+        """A product's input in fp8, for its time."""
+        return product_bytes(self.c, width, self.job.tail(group)) // 2 if self.job.fp8 else 0
+
+    def forward(self) -> int:
+        """The peak of a forward besides its input: whatever is kept of this layer included."""
+        d, f = self.job.spec.hidden, self.job.spec.mlp
+        kept = 2 * d * (self.keep > Keep.INPUT) + 2 * f * (self.keep >= Keep.PRODUCTS)
+        kept += (self.out + 2 * self.kv) * (self.keep >= Keep.HEADS)
+        mlp = self.attended() + self.n * (d + kept) + self.chunk(kept=True) + self.rounded(f, "down")
+        return max(self.attend(), mlp)
+
+    def backward(self) -> int:
+        """The peak of a backward besides its input, its gradient and what was kept."""
+        job, d, f = self.job, self.job.spec.hidden, self.job.spec.mlp
+        joint = self.n * (self.out + 2 * self.kv)
+        held = self.rotated() + (0 if self.long or self.keep >= Keep.HEADS else joint)
+        held += self.attended() if self.keep == Keep.INPUT else 0
+        start = (
+            self.attend() if self.keep == Keep.INPUT else max(held, self.rotated() + joint * (self.keep < Keep.HEADS))
+        )
+        back = max(f + job.tail("down") + d, 3 * d + job.tail("gate_up") + self.out + job.tail("o"))
+        collected = self.n * self.out if self.long else 0
+        mlp = held + collected + self.chunk(kept=True) + self.c * (back + 2 * f * job.dora)
+        mlp += self.rounded(2 * f, "gate_up")
+        heads = job.spec.kv_heads if self.n > LONG else 1
+        flash = self.n * (6 + 2 * job.deterministic) * self.out // heads
+        attention = held + self.n * (self.out + job.tail("o")) + joint + flash
+        again = self.out + 2 * self.kv
+        end = self.rotated() + (0 if self.long else joint) + joint
+        end += self.rounded(again, "qkv") + self.c * (again * (2 if self.long else 1) + 2 * (d + job.tail("qkv")))
+        return max(start, mlp, attention, end)
+
+
+def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int:
+    """Bytes of everything that comes and goes in a step, what waits on the GPU for the backward among it."""
+    spec, chunk = job.spec, min(plan.chunk, micro)
+    d = spec.hidden
+    away = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if host]
+    here = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if not host]
+    waiting = sum(kept_bytes(job, keep) for keep in here) * tokens
+    # The last layer computes labelled positions alone, through copies of their rows.
+    last = _Visit(job, plan.keep[-1], micro, chunk)
+    picked = int(micro * job.labelled) * (d + last.out + job.tail("o"))
+    states = d * tokens
+    peaks = [
+        2 * (states + last.forward() + picked - micro * d)
+        + waiting
+        - (kept_bytes(job, here[-1]) * micro if here else 0)
+    ]
+    peaks.append(waiting + head_peak(job, plan, tokens))
+    peaks.append(waiting + 2 * (states + last.backward() + picked + (picked if job.labelled < 1 else 0)))
+    if away:
+        visit, moved = _Visit(job, away[0], micro, chunk), kept_bytes(job, away[0])
+        peaks.append(2 * (states + visit.forward()) + 2 * moved * micro)
+        peaks.append(2 * (states + visit.backward()) + 2 * moved * tokens)
+    return max(peaks)
 
 
 def head_peak(job: Job, plan: Arrangement, tokens: int) -> int:
-    """Logits of a piece of positions and rows, and the gradient's sum in fp32."""
-    positions = min(plan.positions, tokens)
-    d = job.spec.hidden
-    return 2 * 2 * tokens * d + positions * (2 * plan.head_rows + 4 * d * 2 + 2 * d)
+    """Bytes of the states, their gradient, and the logits of a piece of positions and rows with its sums in fp32."""
+    positions, d = min(plan.positions, tokens), job.spec.hidden
+    return 2 * 2 * tokens * d + positions * (2 * plan.head_rows + 2 * 4 * d + 2 * d)
 
 
 def _estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
-    """With the seconds of a step: the longest of computing, weights coming, activations going or coming, each way."""
+    """With the seconds of a step: the longest of computing, launching, weights coming, activations moving, each way."""
     spec, tokens = job.spec, job.rows * job.row_tokens
     weights = {part: rows * cols for part, (rows, cols) in spec.linear_shapes.items()}
-    a_pass = 2 * sum(weights.values()) * tokens / card.flops / (FP8_GAIN if job.fp8 else 1)
-    again = {
-        Keep.INPUT: 1.0,
-        Keep.NARROW: 1 - (weights["o"] + weights["down"]) / sum(weights.values()),
-        Keep.HEADS: (weights["gate"] + weights["up"]) / sum(weights.values()),
-        Keep.PRODUCTS: 0.0,
-    }
+    whole = sum(weights.values())
+    again = {Keep.INPUT: 1.0, Keep.NARROW: 1 - (weights["o"] + weights["down"]) / whole, Keep.PRODUCTS: 0.0}
+    again[Keep.HEADS] = (weights["gate"] + weights["up"]) / whole
+    a_pass = 2 * whole * tokens / card.flops / (FP8_GAIN if job.fp8 else 1)
     attention = 4 * min(job.seq, spec.window) * spec.heads * spec.head_dim * tokens / card.flops
-    each = job.layer_bytes / card.link
-    streamed = spec.layers - plan.resident
+    d, f, qkv, out = spec.hidden, spec.mlp, _qkv(spec), spec.heads * spec.head_dim
+    moved_up = 2 * (12 * d + 4 * f + 3 * qkv + 3 * out) * tokens / card.memory
+    moved_down = 2 * (28 * d + 13 * f + 5 * qkv + 3 * out) * tokens / card.memory
+    unpacked = 2.6 * whole / card.memory
+    each, streamed = job.layer_bytes / card.link, spec.layers - plan.resident
     moved = plan.host_bytes / card.link
-    up = max(spec.layers * (a_pass * 1.1 + attention), streamed * each, moved)
-    computed = sum(a_pass * (1.15 + again[k]) + attention * (2.5 + (k < Keep.NARROW)) for k in plan.keep)
-    down = max(computed, streamed * each + moved)
-    head = 4 * spec.vocab * spec.hidden * tokens * job.labelled / card.flops
-    pieces = -(-tokens // min(plan.chunk, tokens))
-    step_s = up + down + head + spec.layers * pieces * 6e-4
-    return replace(plan, step_s=step_s)
+    both = (streamed * each + moved) / BOTH_WAYS
+    launches = (
+        spec.layers * -(-tokens // (plan.joined * job.row_tokens)) * -(-plan.joined * job.row_tokens // plan.chunk)
+    )
+    up = spec.layers * (a_pass + attention + moved_up + unpacked)
+    up = _longest(up, launches * LAUNCH_UP_S, streamed * each, moved, both)
+    down = sum(a_pass * (1 + again[k]) + attention * (2.5 + (k < Keep.NARROW)) for k in plan.keep)
+    if plan.chunk < plan.joined * job.row_tokens:
+        down += spec.layers * a_pass * (weights["q"] + weights["k"] + weights["v"]) / whole
+    down = _longest(down + spec.layers * (moved_down + unpacked), launches * LAUNCH_DOWN_S, streamed * each + moved)
+    head = 4 * spec.vocab * d * tokens * job.labelled / card.flops
+    return replace(plan, step_s=up + down + 1.2 * head)
+
+
+def _longest(*seconds: float) -> float:
+    """The longest of what goes on side by side, and a little of the rest, since nothing overlaps wholly."""
+    return max(seconds) + 0.03 * (sum(seconds) - max(seconds))
 
 
 def described(plan: Arrangement, layers: int) -> str:

@@ -16,8 +16,9 @@ class TrainConfig(BaseModel):
     """Settings of one supervised fine-tune with LoRA; InputError names the first that is impossible.
 
     `seq` is the most tokens of a packed row (a micro-batch); a step passes `tokens_per_step // seq` rows. `alpha` None
-    means `rank`. `lr` rises linearly over `warmup` (a share of all steps) and falls by a cosine to a tenth.
-    `compute` "fp8" is for the products of the frozen weights alone.
+    means `rank`. `lr` rises linearly over `warmup` (a share of all steps), then follows `schedule`. After `patience`
+    updates in a row whose loss or gradient is not finite the run stops. `compute` "fp8" is for the products of the
+    frozen weights alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,12 +30,16 @@ class TrainConfig(BaseModel):
     epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
     rank: int = Field(16, ge=1)
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
+    rslora: bool = False
+    dora: bool = False
     targets: tuple[str, ...] = LINEARS
     dropout: float = Field(0.0, ge=0, lt=1)
     lr: float = Field(1e-3, gt=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0, lt=1)
     warmup: float = Field(0.05, ge=0, le=1)
     clip: float = Field(1.0, gt=0)
+    patience: int = Field(5, ge=1)
     seq: int = Field(1024, ge=16)
     tokens_per_step: int = Field(1024, ge=16)
     train_on: Literal["all", "model", "last"] = "model"
@@ -57,6 +62,8 @@ class TrainConfig(BaseModel):
             name = str(first["loc"][0]).replace("_", "-")
             what = f"{first['input']!r} is not possible ({first['msg'].lower()})"
             raise InputError(what, where=f"--{name}", fix="See 'gemwright tune --help'.") from None
+        if self.compute == "fp8" and self.dora:
+            raise InputError("DoRA needs the weights' rows in bf16", where="--dora", fix="Leave --compute fp8 out.")
         if self.compute == "fp8" and self.precision == "fp32":
             raise InputError("fp8 products have bf16 around them", where="--compute", fix="Leave --precision out.")
 

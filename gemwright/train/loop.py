@@ -23,7 +23,7 @@ from gemwright.text.tokenizer import Tokenizer
 from gemwright.train.batches import Encoded, Row, encode_file, pack, steps
 from gemwright.train.config import TrainConfig
 from gemwright.train.memory import peak_rss_bytes, rss_bytes
-from gemwright.train.optimizer import PATIENCE, Optimizer, learning_rate
+from gemwright.train.optimizer import Optimizer, learning_rate
 from gemwright.train.plot import plot_loss
 from gemwright.train.setup import Setup, check_compute, choose_device, set_up, shrink, use_expandable_segments
 from gemwright.train.step import StepLoss, forward_backward
@@ -58,11 +58,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a fine-tune left: `loss_first` of the first step, `loss_last` the mean of the last tenth of them."""
+    """What a fine-tune left: `loss_first` of the first step, `loss_last` the mean of the last tenth of them.
+
+    `adapter_gguf` is None with DoRA, which llama.cpp cannot express.
+    """
 
     run: Path
     adapter: Path
-    adapter_gguf: Path
+    adapter_gguf: Path | None
     steps: int
     loss_first: float
     loss_last: float
@@ -141,7 +144,7 @@ def _train(
         rows = setup.rows(packed)
         for step in range(total):
             start = time.perf_counter()
-            rate = learning_rate(step, total, config.lr, config.warmup)
+            rate = learning_rate(step, total, config.lr, config.warmup, config.schedule)
             done = _attempt(setup, rows, config.seed + step)
             if done is None:
                 if shrunk:
@@ -175,7 +178,7 @@ def _train(
             report(at)
             if step == 0:
                 _compare(setup)
-            if optimizer.skipped_in_a_row == PATIENCE:
+            if optimizer.skipped_in_a_row == config.patience:
                 break
     except KeyboardInterrupt:
         if not losses:
@@ -190,9 +193,9 @@ def _train(
     run.amend({"base": {"sha256": digest.result()}})
     save_adapter(run, lora, file, config)
     plot_loss(run.metrics(), run.plot)
-    if optimizer.skipped_in_a_row == PATIENCE:
+    if optimizer.skipped_in_a_row == config.patience:
         raise MachineError(
-            f"loss or gradient was not a number {PATIENCE} times in a row; the adapter before that is saved",
+            f"loss or gradient was not a number {config.patience} times in a row; the adapter before that is saved",
             where=run.path,
             fix="Lower --lr or look for broken examples.",
         )
@@ -207,7 +210,7 @@ def _train(
     return TuneResult(
         run.path,
         run.adapter,
-        run.adapter_gguf,
+        None if config.dora else run.adapter_gguf,
         len(losses),
         losses[0],
         sum(last) / len(last),
@@ -235,7 +238,18 @@ def _compare(setup: Setup) -> None:
 
 
 def save_adapter(run: RunFolder, lora: LoRA, file: ModelFile, config: TrainConfig) -> None:
-    """Write the adapter both ways, each whole or not at all."""
-    base, alpha = str(file.path), config.scaled_alpha
-    write_peft_adapter(run.adapter, file.spec, config.rank, alpha, lora.pairs(), base, config.targets)
-    write_gguf_lora(run.adapter_gguf, file.spec, f"gemma-3-{file.spec.name}", alpha, lora.pairs())
+    """Write the adapter as PEFT and llama.cpp know it (DoRA only PEFT), each whole or not at all."""
+    base, name = str(file.path), f"gemma-3-{file.spec.name}"
+    write_peft_adapter(
+        run.adapter,
+        file.spec,
+        lora.rank,
+        lora.alpha,
+        lora.pairs(),
+        base,
+        lora.targets,
+        rslora=lora.stabilised,
+        magnitudes=lora.magnitudes(),
+    )
+    if not lora.dora:
+        write_gguf_lora(run.adapter_gguf, file.spec, name, lora.scale * lora.rank, lora.pairs())

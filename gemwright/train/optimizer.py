@@ -1,4 +1,4 @@
-"""AdamW over the flat adapter vector, with warm-up, cosine, clipping, and a guard against numbers that are none."""
+"""AdamW over the flat adapter vector, with a schedule, clipping, and a guard against numbers that are none."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 from gemwright.model.lora import LoRA
 
 FLOOR = 0.1
-PATIENCE = 5
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The rate of update `step` (from 0) of `steps`: linear rise to `peak`, then half a cosine down to a tenth.
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str = "cosine") -> float:
+    """The rate of update `step` (from 0) of `steps`: a linear rise to `peak` over the share `warmup`, then `schedule`.
 
-    Source: Loshchilov and Hutter 2017 (arXiv 1608.03983).
+    `cosine` (half a period, Loshchilov and Hutter 2017, arXiv 1608.03983) and `linear` fall to a tenth; `constant`
+    stays at `peak`.
     """
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising
-    progress = (step - rising) / max(1, steps - rising)
-    return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    progress = min(1.0, (step - rising) / max(1, steps - rising))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
+    return peak * (FLOOR + (1 - FLOOR) * left)
 
 
 class Optimizer:

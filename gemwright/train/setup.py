@@ -119,6 +119,7 @@ def job_of(config: TrainConfig, file: ModelFile) -> Job:
         config.seq,
         config.rows_per_step,
         deterministic=config.deterministic,
+        dora=config.dora,
         fp8=config.compute == "fp8",
     )
 
@@ -154,6 +155,8 @@ def new_lora(config: TrainConfig, file: ModelFile, device: torch.device, dtype: 
         dtype=dtype,
         dropout=config.dropout,
         seed=config.seed,
+        stabilised=config.rslora,
+        dora=config.dora,
         device=device,
     )
 
@@ -167,11 +170,17 @@ def _on_cpu(config: TrainConfig, file: ModelFile, lora: LoRA, dtype: torch.dtype
     return Setup(model, Work(Keep.INPUT if recompute else Keep.ALL), OnDevice(), torch.device("cpu"), dtype)
 
 
-def plan_for(config: TrainConfig, file: ModelFile, device: torch.device, budget: int | None = None) -> Arrangement:
-    """The arrangement for this card, with nothing loaded yet. Raises DoesNotFit."""
+def plan_for(
+    config: TrainConfig, file: ModelFile, device: torch.device, budget: int | None = None, link_share: float = 1.0
+) -> Arrangement:
+    """The arrangement for this card, with nothing loaded yet; as if its link had that share of its speed.
+
+    Raises DoesNotFit.
+    """
     budget = budget_bytes(config.vram, device) if budget is None else budget
     total = torch.cuda.get_device_properties(device).total_memory
     card = probe(device)
+    card = card._replace(link=card.link * link_share)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
@@ -210,7 +219,11 @@ def probe(device: torch.device) -> Card:
     there = torch.empty(block, dtype=torch.uint8, device=device)
     product_s = _seconds(lambda: torch.mm(x, x))
     copy_s = _seconds(lambda: there.copy_(host, non_blocking=True))
-    return Card(0.85 * 2 * side**3 / product_s, block / copy_s)
+    y = torch.empty_like(x).repeat(4, 1)
+    z = torch.empty_like(y)
+    move_s = _seconds(lambda: z.copy_(y))
+    # A long run of products is slower than a short one, as the card's power limit has it.
+    return Card(0.9 * 2 * side**3 / product_s, block / copy_s, 0.9 * 2 * y.numel() * y.element_size() / move_s)
 
 
 def _seconds(work: Callable[[], object], repeats: int = 5) -> float:

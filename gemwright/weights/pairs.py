@@ -10,8 +10,19 @@ from torch import Tensor
 from gemwright.errors import InputError
 from gemwright.spec import LINEARS, ModelSpec
 
-# "3.q" -> (A [rank, in], B [out, rank]); the layer's output grows by alpha / rank * B A x.
+# "3.q" -> (A [rank, in], B [out, rank]); the layer's output grows by scale * B A x.
 Pairs: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
+# "3.q" -> m [out] of DoRA; empty for every other adapter.
+Magnitudes: TypeAlias = Mapping[str, Tensor]
+
+
+def check_magnitudes(pairs: Pairs, magnitudes: Magnitudes, where: object) -> None:
+    """InputError naming the first pair without its magnitudes, where there are any, or with too many or few."""
+    for name in (pairs.keys() | magnitudes.keys()) if magnitudes else ():
+        rows = len(pairs[name][1]) if name in pairs else 0
+        if name not in magnitudes or magnitudes[name].shape != (rows,):
+            have = f"magnitudes {tuple(magnitudes[name].shape)}" if name in magnitudes else "no magnitudes"
+            raise InputError(f"{name} has {have}, not ({rows},)", where=where, fix="Give a whole adapter folder.")
 
 
 def check_pairs(spec: ModelSpec, pairs: Pairs, where: object) -> None:

@@ -16,12 +16,17 @@ from pathlib import Path
 import platformdirs
 
 from gemwright.errors import InputError, MachineError
+from gemwright.report import size as amount
 from gemwright.runs import atomic_path
+from gemwright.spec import SPECS
 from gemwright.weights import catalogue
 from gemwright.weights.catalogue import PYPI_MODULE, PYPI_PACKAGE, PYPI_VERSION, Source
 from gemwright.weights.digest import sha256_file
 
 Report = Callable[[str], None]
+Progress = Callable[[str, float], None]
+# Beside the weights: the header, and the tokenizer's 8 MB.
+_FILE_ROOM = 16 << 20
 TERMS = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms\n"
     "Using the model means accepting them and the prohibited use policy they name.\n"
@@ -57,6 +62,48 @@ def pull(name_or_path: str | Path, *, report: Report = lambda line: None) -> Pul
         path, expected = _fetch(source, report)
         _terms(path.parent, report)
     return _verified(path, expected)
+
+
+def pull_random(
+    name: str,
+    qtype: str = "Q4_0",
+    out: Path | None = None,
+    seed: int = 0,
+    *,
+    report: Report = lambda line: None,
+    on_progress: Progress = lambda phase, fraction: None,
+) -> Pulled:
+    """Write random weights in the shapes of size `name` as `qtype`, to `out` or the model folder; never any network.
+
+    `on_progress` gets a phase and how far it is (0 to 1). Raises InputError for an unknown size or type and where the
+    file exists, MachineError where the disk has no room or refuses.
+    """
+    from gemwright.weights.gguf_reader import open_gguf
+    from gemwright.weights.random_model import weight_bytes, write_random_gguf
+
+    size, qtype = name.lower().removeprefix("gemma-3-"), qtype.upper()
+    if size not in SPECS:
+        raise InputError("no size of Gemma 3", where=name, fix=f"With --random give one of {', '.join(SPECS)}.")
+    spec, total = SPECS[size], weight_bytes(SPECS[size], qtype)
+    path = out or home() / "models" / f"gemma-3-{size}-random-{qtype.lower()}{f'-seed{seed}' if seed else ''}.gguf"
+    if path.exists():
+        raise InputError("exists already", where=path, fix="Use it as it is, remove it, or choose another --out.")
+    _check_space(path, total + _FILE_ROOM)
+    speaker = _local(catalogue.CATALOGUE["270m"])
+    words = "with the 270M's tokenizer" if speaker else "without a tokenizer ('gemwright pull 270m' first gives one)"
+    report(f"random weights in the shapes of Gemma 3 {size}, {qtype}, {words}: to measure with, not to talk with")
+    tokenizer = None if speaker is None else open_gguf(speaker)
+    write_random_gguf(path, spec, qtype, seed, tokenizer, lambda written: on_progress("writing", written / total))
+    on_progress("hashing", 0.0)
+    return _verified(path, None)
+
+
+def _check_space(path: Path, wanted: int) -> None:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        what = f"takes {amount(wanted)}, but {folder} has {amount(free)} free"
+        raise MachineError(what, where=path, fix="Free some space or choose another --out.")
 
 
 def resolve_model(name_or_path: str | Path, *, report: Report | None = None) -> Path:

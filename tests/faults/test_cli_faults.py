@@ -141,7 +141,12 @@ def test_demo_never_replaces_what_is_not_a_demo(gemwright: Run, tmp_path: Path) 
     assert files(tmp_path) == {"thesis.txt": 4}
 
 
-@pytest.mark.parametrize("option", [("--rank", "9999999"), ("--lr", "-1"), ("--targets", "q,nose"), ("--epochs", "0")])
+NONSENSE = [("--rank", "9999999"), ("--rank", "33"), ("--lr", "-1"), ("--targets", "q,nose"), ("--epochs", "0")]
+NONSENSE += [("--precision", "fp16"), ("--schedule", "steps"), ("--warmup", "2"), ("--clip", "0"), ("--patience", "0")]
+NONSENSE += [("--weight-decay", "-1")]
+
+
+@pytest.mark.parametrize("option", NONSENSE, ids=" ".join)
 def test_settings_that_make_no_sense(gemwright: Run, tiny_model: Path, tmp_path: Path, option: tuple[str, str]) -> None:
     (tmp_path / "data.jsonl").write_text(CHAT, encoding="utf-8")
     done = gemwright("tune", tmp_path / "data.jsonl", "--model", tiny_model, "--out", tmp_path / "run", *option)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import nn
 
-from gemwright.model.lora import LoRA
+from gemwright.model.lora import LoRA, parameters
+from gemwright.model.residency import Residency
 from gemwright.spec import SPECS, ModelSpec
 from gemwright.train.batches import Encoded
 from gemwright.weights import names
 from gemwright.weights.model_file import ModelFile
-from gemwright.weights.pairs import Pairs
 from gemwright.weights.quants import unpack
 
 # PEFT 0.21 still asks transformers 5 for a property by its old name.
@@ -101,17 +101,24 @@ def with_peft(model: Any, lora: LoRA) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = [f"{part}_proj" for part in lora.targets]
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
+    kind = {"use_rslora": lora.stabilised, "use_dora": lora.dora}
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, **kind)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, (a, b) in lora.pairs().items():
         module = wrapped.get_submodule(names.to_peft(name))
         module.lora_A.default.weight.data.copy_(a)
         module.lora_B.default.weight.data.copy_(b)
+    for name, magnitude in lora.magnitudes().items():
+        wrapped.get_submodule(names.to_peft(name)).lora_magnitude_vector.default.weight.data.copy_(magnitude)
     return wrapped
 
 
-def peft_loss_and_gradients(model: Any, lora: LoRA, documents: Sequence[Encoded]) -> tuple[float, Pairs]:
-    """Mean loss over the labelled tokens of `documents`, each passed alone, and the gradient of each A and B."""
+# Our name of a linear layer -> the gradients of its A and B and, with DoRA, of its magnitudes.
+Gradients: TypeAlias = dict[str, tuple[torch.Tensor, ...]]
+
+
+def peft_loss_and_gradients(model: Any, lora: LoRA, documents: Sequence[Encoded]) -> tuple[float, Gradients]:
+    """Mean loss over the labelled tokens of `documents`, each passed alone, and the gradient of each A, B (and m)."""
     model.zero_grad()
     labelled = sum(sum(d.labelled[1:]) for d in documents)
     total = 0.0
@@ -126,19 +133,34 @@ def peft_loss_and_gradients(model: Any, lora: LoRA, documents: Sequence[Encoded]
     gradients = {}
     for name in lora.pairs():
         module = model.get_submodule(names.to_peft(name))
-        pair = (module.lora_A.default.weight.grad, module.lora_B.default.weight.grad)
-        gradients[name] = tuple(g.detach().float().clone() for g in pair)
+        learned = [module.lora_A.default, module.lora_B.default]
+        learned += [module.lora_magnitude_vector.default] if lora.dora else []
+        gradients[name] = tuple(part.weight.grad.detach().float().clone() for part in learned)
     return total, gradients
 
 
-def our_gradients(lora: LoRA) -> Pairs:
-    """A copy of the gradient of every pair."""
-    return {name: (a.clone(), b.clone()) for name, (a, b) in lora.gradients().items()}
+def our_gradients(lora: LoRA) -> Gradients:
+    """A copy of the gradient of every pair (and m)."""
+    magnitudes = lora.magnitude_gradients()
+    return {
+        name: tuple(g.clone() for g in (*pair, *([magnitudes[name]] if lora.dora else [])))
+        for name, pair in lora.gradients().items()
+    }
 
 
 def fill(lora: LoRA, seed: int = 0, size: float = 0.05) -> None:
     """Give every A and B values that matter (B of a new adapter is zero)."""
-    lora.master.normal_(0, size, generator=torch.Generator().manual_seed(seed))
+    pairs = lora.master[: parameters(lora.spec, lora.rank, lora.targets)]
+    pairs.normal_(0, size, generator=torch.Generator().manual_seed(seed))
+    lora.refresh()
+
+
+def move_magnitudes(lora: LoRA, residency: Residency, seed: int = 1, size: float = 0.2) -> None:
+    """Give DoRA magnitudes that differ from the norms of the weights (with a new adapter they are those)."""
+    lora.measure(residency)
+    generator = torch.Generator().manual_seed(seed)
+    for magnitude in lora.magnitudes().values():
+        magnitude.mul_(1 + size * torch.randn(magnitude.shape, generator=generator))
     lora.refresh()
 
 

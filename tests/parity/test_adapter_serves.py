@@ -12,6 +12,7 @@ from reference import OLD_NAME, transformers_model
 from gemwright.data.read import read_examples
 from gemwright.engines.open import open_engine
 from gemwright.engines.protocol import Sampling
+from gemwright.errors import InputError
 from gemwright.model.decoder import Gemma
 from gemwright.spec import SPECS
 from gemwright.text.chat import Message, encode_example, render_prompt
@@ -57,8 +58,8 @@ def ours_with(model: Path, run: TuneResult | None) -> Gemma:
     """Our decoder in fp32, with the adapter of `run` read back from disk."""
     ours = Gemma.load(open_model(model), torch.float32)
     if run is not None:
-        config, pairs = read_peft_adapter(run.adapter, ours.spec)
-        ours.load_adapter(pairs, config["lora_alpha"] / config["r"])
+        adapter = read_peft_adapter(run.adapter, ours.spec)
+        ours.load_adapter(adapter.pairs, adapter.scale, adapter.magnitudes)
     return ours
 
 
@@ -111,18 +112,51 @@ def exact_model(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def exact_run(exact_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> TuneResult:
-    settings = {"data": data, "model": exact_model, "out": tmp_path_factory.mktemp("exact") / "run", "rank": 4}
-    return tune(TrainConfig(**settings, max_steps=8, seq=256, tokens_per_step=256, lr=2e-2, precision="fp32", alpha=6))
+    return tune(exact_settings(exact_model, data, tmp_path_factory.mktemp("exact") / "run"))
 
 
+def exact_settings(model: Path, data: Path, out: Path, **kind: bool) -> TrainConfig:
+    settings = {"data": data, "model": model, "out": out, "rank": 4, "alpha": 6, "precision": "fp32", "lr": 2e-2}
+    return TrainConfig(**settings, max_steps=8, seq=256, tokens_per_step=256, **kind)
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=("plain", "rslora"))
 def test_log_probabilities_are_the_same_in_every_engine_and_form(
-    exact_model: Path, data: Path, exact_run: TuneResult
+    exact_model: Path, data: Path, exact_run: TuneResult, tmp_path: Path, rslora: bool
 ) -> None:
     ids = ids_of(exact_model, data)[0][:80]
-    ours, without = (ours_with(exact_model, run).log_probs(ids).tolist() for run in (exact_run, None))
+    tuned = tune(exact_settings(exact_model, data, tmp_path / "run", rslora=True)) if rslora else exact_run
+    ours, without = (ours_with(exact_model, run).log_probs(ids).tolist() for run in (tuned, None))
     assert max(abs(a - b) for a, b in zip(ours, without, strict=True)) > 0.5
-    for form in (exact_run.run, exact_run.adapter, exact_run.adapter_gguf):
+    for form in (tuned.run, tuned.adapter, tuned.adapter_gguf):
         with open_engine(exact_model, adapter=form, context=512, threads=1) as engine:
             assert engine.score(ids) == pytest.approx(ours, abs=1e-2), form
-    with open_engine(exact_model, engine="pytorch", adapter=exact_run.run, context=512) as engine:
-        assert engine.score(ids) == pytest.approx(ours, abs=0.1)
+    for form in (tuned.run, tuned.adapter_gguf):
+        with open_engine(exact_model, engine="pytorch", adapter=form, context=512) as engine:
+            assert engine.score(ids) == pytest.approx(ours, abs=0.1)
+
+
+@OLD_NAME
+@torch.inference_mode()
+def test_dora_is_the_same_in_peft_and_our_engine_and_refused_by_llamacpp(
+    exact_model: Path, data: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    tuned = tune(exact_settings(exact_model, data, tmp_path / "run", dora=True))
+    assert tuned.adapter_gguf is None and not (tuned.run / "adapter.gguf").exists()
+    ids = ids_of(exact_model, data)[0][:80]
+    ours, without = ours_with(exact_model, tuned), ours_with(exact_model, None)
+    assert float((ours.logits(ids) - without.logits(ids)).abs().max()) > 0.5
+    model = PeftModel.from_pretrained(transformers_model(open_model(exact_model)), tuned.adapter)
+    theirs = model(input_ids=torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(ours.logits(ids), theirs, rtol=0, atol=2e-3)
+    for form in (tuned.run, tuned.adapter):
+        with open_engine(exact_model, engine="pytorch", adapter=form, context=512) as engine:
+            assert engine.score(ids) == pytest.approx(ours.log_probs(ids).tolist(), abs=0.1)
+        with pytest.raises(InputError, match=r"adapter: llama\.cpp cannot run a DoRA adapter\. Use --engine pytorch"):
+            open_engine(exact_model, adapter=form, context=512, threads=1)
+    with open_engine(exact_model, context=512, threads=1) as engine:
+        with pytest.raises(InputError, match="DoRA"):
+            engine.load_adapter(tuned.run)
+        assert len(engine.score(ids)) == len(ids) - 1

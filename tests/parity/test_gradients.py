@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import (
     OLD_NAME,
     SMALL,
+    Gradients,
     documents,
     fill,
+    move_magnitudes,
     our_gradients,
     peft_loss_and_gradients,
     transformers_model,
@@ -23,12 +27,11 @@ from gemwright.kernels.cross_entropy import ROWS
 from gemwright.model.decoder import Gemma
 from gemwright.model.layer import Keep
 from gemwright.model.lora import LoRA
-from gemwright.model.residency import UnpackedResidency
+from gemwright.model.residency import LayerWeights, UnpackedResidency
 from gemwright.spec import LINEARS, ModelSpec
 from gemwright.train.batches import Encoded, make_row
 from gemwright.train.step import StepLoss, Work, forward_backward
 from gemwright.weights.model_file import ModelFile, open_model
-from gemwright.weights.pairs import Pairs
 from gemwright.weights.random_model import write_random_gguf
 
 pytestmark = OLD_NAME
@@ -61,6 +64,14 @@ def new_lora(
     return lora
 
 
+def new_dora(file: ModelFile, dtype: torch.dtype = torch.float32, **settings: Any) -> LoRA:
+    """With magnitudes that are those of the weights in fp32, moved, whatever the dtype computed in."""
+    lora = LoRA(file.spec, RANK, ALPHA, dtype=dtype, **({"dora": True} | settings))
+    fill(lora)
+    move_magnitudes(lora, UnpackedResidency(file, torch.float32, 0))
+    return lora
+
+
 def step(
     file: ModelFile,
     lora: LoRA,
@@ -71,7 +82,7 @@ def step(
     chunk: int = 1 << 30,
     seed: int = 0,
     budget: int | None = None,
-) -> tuple[StepLoss, Pairs]:
+) -> tuple[StepLoss, Gradients]:
     """One step over `packed` rows of documents; a `budget` of zero bytes unpacks every layer on each visit."""
     lora.grad.zero_()
     model = Gemma(UnpackedResidency(file, dtype, budget), lora)
@@ -79,22 +90,23 @@ def step(
     return forward_backward(model, rows, Work(keep, chunk), seed=seed), our_gradients(lora)
 
 
-def assert_close(ours: Pairs, theirs: Pairs, share: float) -> None:
-    """Each A and B differ by no more than `share` of the tensor's largest value."""
+def assert_close(ours: Gradients, theirs: Gradients, share: float) -> None:
+    """Each A and B (and m) differ by no more than `share` of the tensor's largest value."""
     assert ours.keys() == theirs.keys()
     for name in ours:
-        for side, mine, right in zip("AB", ours[name], theirs[name], strict=True):
+        assert len(ours[name]) == len(theirs[name])
+        for side, mine, right in zip("ABm", ours[name], theirs[name], strict=False):
             size = float(right.abs().max())
             assert size > 0, f"{name} {side} of the reference is zero"
             error = float((mine - right).abs().max()) / size
             assert error <= share, f"{name} {side}: {error:.2e} of its largest value"
 
 
-def flat(pairs: Pairs) -> torch.Tensor:
+def flat(pairs: Gradients) -> torch.Tensor:
     return torch.cat([side.flatten() for pair in pairs.values() for side in pair]).double()
 
 
-def assert_same(one: Pairs, other: Pairs) -> None:
+def assert_same(one: Gradients, other: Gradients) -> None:
     assert torch.equal(flat(one), flat(other))
 
 
@@ -107,6 +119,34 @@ def test_every_adapter_gradient_is_autograds(made: Made, size: str, qtype: str) 
     assert done.loss == pytest.approx(loss, rel=1e-5)
     assert done.tokens == sum(LENGTHS) and done.labelled == sum(sum(d.labelled[1:]) for d in docs)
     assert_close(ours, theirs, 2e-4)
+
+
+@pytest.mark.parametrize(("size", "qtype"), KINDS)
+def test_every_dora_gradient_is_autograds(made: Made, size: str, qtype: str) -> None:
+    file = made(SMALL[size], qtype)
+    lora, docs = new_dora(file), documents(file.spec, LENGTHS)
+    done, ours = step(file, lora, [docs])
+    loss, theirs = peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, docs)
+    assert done.loss == pytest.approx(loss, rel=1e-5)
+    assert_close(ours, theirs, 2e-4)
+
+
+@pytest.mark.parametrize("kind", [{"dora": False}, {}], ids=("lora", "dora"))
+def test_rank_stabilised_gradients_are_autograds(made: Made, kind: dict[str, bool]) -> None:
+    file = made(SMALL["270m"], "Q5_0")
+    lora, docs = new_dora(file, stabilised=True, **kind), documents(file.spec, LENGTHS)
+    done, ours = step(file, lora, [docs])
+    loss, theirs = peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, docs)
+    assert done.loss == pytest.approx(loss, rel=1e-5)
+    assert_close(ours, theirs, 2e-4)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("k", "down"), ("o",), ("up",)], ids="+".join)
+def test_dora_gradients_of_some_targets_only(made: Made, targets: tuple[str, ...]) -> None:
+    file = made(SMALL["4b"], "Q4_K")
+    lora, docs = new_dora(file, targets=targets), documents(file.spec, LENGTHS)
+    ours = step(file, lora, [docs])[1]
+    assert_close(ours, peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, docs)[1], 2e-4)
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "down"), ("o",), ("up",)], ids="+".join)
@@ -137,12 +177,32 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(made: Made, size: str) -> None:
     assert error <= plain_error + 1e-3, f"{error:.4f}, plain bf16 {plain_error:.4f}"
 
 
+@pytest.mark.parametrize("size", ["270m", "27b"])
+def test_bf16_dora_is_as_near_to_fp32_as_plain_bf16(made: Made, size: str) -> None:
+    file = made(SMALL[size], "BF16")
+    lora, docs = new_dora(file), documents(file.spec, LENGTHS)
+    exact = peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, docs)[1]
+    bf16 = torch.bfloat16
+    plain = peft_loss_and_gradients(with_peft(transformers_model(file, bf16), lora), lora, docs)[1]
+    ours = step(file, new_dora(file, bf16), [docs], bf16)[1]
+    for side in range(3):  # the gradients of m would vanish beside those of A and B, or drown them
+        error, plain_error = (apart(one, exact, side) for one in (ours, plain))
+        assert error <= plain_error + 1e-3, f"{'ABm'[side]}: {error:.4f}, plain bf16 {plain_error:.4f}"
+
+
+def apart(one: Gradients, other: Gradients, side: int) -> float:
+    """The distance of all gradients of one kind, as a share of their norm."""
+    mine, right = (torch.cat([g[side].flatten() for g in them.values()]).double() for them in (one, other))
+    return float((mine - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=("lora", "dora"))
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
-@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.NARROW, Keep.HEADS], ids=lambda keep: keep.name)
-def test_recompute_changes_no_bit(made: Made, keep: Keep, dtype: torch.dtype, dropout: float) -> None:
+@pytest.mark.parametrize("keep", [keep for keep in Keep if keep < Keep.ALL], ids=lambda keep: keep.name)
+def test_recompute_changes_no_bit(made: Made, keep: Keep, dtype: torch.dtype, dropout: float, dora: bool) -> None:
     file = made(SMALL["270m"], "Q5_0")
-    lora, docs = new_lora(file.spec, dtype, dropout=dropout), documents(file.spec, LENGTHS)
+    lora, docs = new_dora(file, dtype, dropout=dropout, dora=dora), documents(file.spec, LENGTHS)
     rows = [docs[:3], docs[3:]]
     kept = step(file, lora, rows, dtype, seed=7)
     again = step(file, lora, rows, dtype, keep=keep, seed=7)
@@ -150,14 +210,39 @@ def test_recompute_changes_no_bit(made: Made, keep: Keep, dtype: torch.dtype, dr
     assert_same(kept[1], again[1])
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=("lora", "dora"))
 @pytest.mark.parametrize("keep", list(Keep), ids=lambda keep: keep.name)
-def test_chunks_of_tokens_change_the_order_of_sums_alone(made: Made, keep: Keep) -> None:
+def test_chunks_of_tokens_change_the_order_of_sums_alone(made: Made, keep: Keep, dora: bool) -> None:
     file = made(SMALL["12b"], "Q6_K")
-    lora, docs = new_lora(file.spec), documents(file.spec, LENGTHS)
+    lora, docs = new_dora(file, dora=dora), documents(file.spec, LENGTHS)
     whole = step(file, lora, [docs])
     parts = step(file, lora, [docs], keep=keep, chunk=37)
     assert parts[0].loss == pytest.approx(whole[0].loss, rel=1e-6)
     assert_close(parts[1], whole[1], 1e-4)
+
+
+class Joined(UnpackedResidency):
+    """Matrices with room for the adapters' B at their right, as a GPU's scratch has them."""
+
+    def layer(self, index: int) -> LayerWeights:
+        """The matrix as it is, and values that must never be read beyond it."""
+        weights, tails = super().layer(index), LoRA(self.spec, RANK, ALPHA, dtype=self.dtype).tails()
+        wide = {name: F.pad(matrix, (0, tails[name]), value=torch.nan) for name, matrix in weights.matrices.items()}
+        return replace(weights, matrices=wide)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=("lora", "dora"))
+@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.NARROW, Keep.ALL], ids=lambda keep: keep.name)
+def test_weights_joined_with_their_adapters_mean_the_same(made: Made, keep: Keep, dora: bool) -> None:
+    file = made(SMALL["270m"], "Q5_0")
+    lora, docs = new_dora(file, dora=dora), documents(file.spec, LENGTHS)
+    rows = [docs[:3], docs[3:]]
+    apart = step(file, lora, rows)
+    lora.grad.zero_()
+    model = Gemma(Joined(file, torch.float32), lora)
+    done = forward_backward(model, [make_row(file.spec, row) for row in rows], Work(keep, 37))
+    assert done.loss == pytest.approx(apart[0].loss, rel=1e-6)
+    assert_close(our_gradients(lora), apart[1], 1e-4)
 
 
 def test_where_the_weights_are_changes_no_bit(made: Made) -> None:

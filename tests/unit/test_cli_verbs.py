@@ -41,6 +41,29 @@ def run_folder(gemwright: Run, tiny_model: Path, tmp_path_factory: pytest.TempPa
     return folder / "run"
 
 
+def test_tune_with_every_adapter_and_schedule_setting(gemwright: Run, tiny_model: Path, tmp_path: Path) -> None:
+    """DoRA has no GGUF, says so, and runs in our engine alone."""
+    (tmp_path / "data.jsonl").write_text(CHAT * 8, encoding="utf-8")
+    said = {"schedule": "linear", "warmup": 0.5, "weight-decay": 0.01, "clip": 0.5, "patience": 3}
+    options = [word for name, value in said.items() for word in (f"--{name}", value)]
+    words = ("--max-steps", 2, "--seq", 64, "--tokens-per-step", 64, "--rank", 4, "--rslora", "--dora", "--json")
+    done = gemwright(
+        "tune", tmp_path / "data.jsonl", "--model", tiny_model, "--out", tmp_path / "run", *words, *options
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["adapter_gguf"] is None and Path(row["adapter"]).is_dir()
+    assert "llama.cpp cannot express DoRA" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"--adapter {tmp_path / 'run'} --engine pytorch")
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert {name: config[name.replace("-", "_")] for name in said} == said and config["rslora"] and config["dora"]
+    ask = ("run", "2 + 2?", "--model", tiny_model, "--max-tokens", 3, "--adapter", tmp_path / "run", "--json")
+    assert answer(gemwright(*ask, "--engine", "pytorch"), *ANSWER)["engine"] == "pytorch"
+    refused = gemwright(*ask)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.count("\n") == 1 and "Use --engine pytorch" in refused.stderr
+
+
 @pytest.mark.parametrize("engine", ["llamacpp", "pytorch"])
 def test_run(gemwright: Run, tiny_model: Path, run_folder: Path, engine: str) -> None:
     words = ("run", "2 + 2?", "--model", tiny_model, "--max-tokens", 5, "--temperature", 0, "--engine", engine)

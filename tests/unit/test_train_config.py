@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from gemwright.errors import InputError
 from gemwright.model.lora import LoRA
 from gemwright.spec import LINEARS, SPECS
 from gemwright.train.config import TrainConfig
-from gemwright.train.optimizer import PATIENCE, Optimizer, learning_rate
+from gemwright.train.optimizer import Optimizer, learning_rate
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -47,6 +48,7 @@ def test_targets_as_one_string() -> None:
         *(("warmup", value) for value in (-0.1, 1.1, math.nan)),
         *(("alpha", value) for value in (0, math.inf)),
         *(("max_steps", 0), ("clip", 0), ("clip", math.nan), ("weight_decay", 1), ("seq", 15), ("tokens_per_step", 0)),
+        *(("schedule", "steps"), ("patience", 0), ("rslora", "maybe"), ("dora", 2)),
         *(("train_on", "users"), ("recompute", "sometimes"), ("threads", 0), ("learning_rate", 1e-3)),
     ],
 )
@@ -70,10 +72,26 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[55] == pytest.approx(1e-3 * (0.1 + 0.9 * 0.5), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1, 1)]
+)
+def test_schedules_share_the_warm_up(schedule: str, middle: float, last: float) -> None:
+    rates = [learning_rate(step, 1100, 1.0, 1 / 11, schedule) for step in range(1100)]
+    assert rates[:100] == [learning_rate(step, 1100, 1.0, 1 / 11) for step in range(100)]
+    assert rates[99] == rates[100] == 1.0
+    assert rates[600] == pytest.approx(middle) and rates[-1] == pytest.approx(last, abs=1e-3)
+
+
+def test_a_linear_schedule_falls_evenly() -> None:
+    rates = [learning_rate(step, 11, 1.0, 0.0, "linear") for step in range(11)]
+    assert [round(a - b, 12) for a, b in pairwise(rates[1:])] == [0.09] * 9
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_the_rate_of_short_runs_is_one(steps: int, warmup: float) -> None:
-    assert all(0 < learning_rate(step, steps, 1e-3, warmup) <= 1e-3 for step in range(steps))
+def test_the_rate_of_short_runs_is_one(steps: int, warmup: float, schedule: str) -> None:
+    assert all(0 < learning_rate(step, steps, 1e-3, warmup, schedule) <= 1e-3 for step in range(steps))
 
 
 @pytest.fixture
@@ -115,7 +133,7 @@ def test_clipping_scales_the_whole_gradient(lora: LoRA) -> None:
 @pytest.mark.parametrize(("gradient", "loss"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_numbers_that_are_none_change_nothing(lora: LoRA, gradient: float, loss: float) -> None:
     start, optimizer = lora.master.clone(), Optimizer(lora, 0.0, 1.0)
-    for count in range(1, PATIENCE + 1):
+    for count in range(1, 7):
         lora.grad[3] = gradient
         optimizer.update(1e-2, loss)
         assert optimizer.skipped_in_a_row == count

@@ -19,12 +19,13 @@ from gemwright.spec import LINEARS
 from gemwright.train import loop
 from gemwright.train.config import TrainConfig
 from gemwright.train.loop import Progress, TuneResult, tune
-from gemwright.train.optimizer import PATIENCE
 from gemwright.train.step import StepLoss
 from gemwright.weights.gguf_writer import read_gguf_lora
 from gemwright.weights.model_file import open_model
 from gemwright.weights.peft_files import read_peft_adapter
+from gemwright.weights.quants import unpack
 
+PATIENCE = TrainConfig.model_fields["patience"].default
 TIMES = ("step_s", "tokens_per_s", "rss_bytes")
 PAIRS = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß", "black": "schwarz", "grey": "grau"}
 PAIRS["the shade between blue and green that is named after a stone"] = "türkis"
@@ -87,7 +88,8 @@ def test_it_learns_and_leaves_a_whole_run_folder(run: Tune, tiny_model: Path, tm
     assert (result.run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     spec = open_model(tiny_model).spec
-    peft, pairs = read_peft_adapter(result.adapter, spec)
+    peft, pairs = (adapter := read_peft_adapter(result.adapter, spec)).config, adapter.pairs
+    assert result.adapter_gguf is not None
     alpha, gguf_pairs = read_gguf_lora(result.adapter_gguf, spec)
     assert peft["lora_alpha"] == alpha == 4.0 and peft["r"] == 4 and len(pairs) == 7 * len(LINEARS)
     for name, (a, b) in pairs.items():
@@ -100,7 +102,9 @@ def test_it_learns_and_leaves_a_whole_run_folder(run: Tune, tiny_model: Path, tm
     assert training[-1].eta_s == 0 and training[-1].loss == rows[-1]["loss"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"dropout": 0.3, "precision": "bf16"}, {"recompute": "always"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"dropout": 0.3, "precision": "bf16"}, {"recompute": "always"}, {"rslora": True}], ids=str
+)
 def test_the_same_seed_is_the_same_to_the_bit(run: Tune, tmp_path: Path, settings: dict[str, Any]) -> None:
     one, other = (run(out=tmp_path / name, max_steps=5, **settings) for name in ("one", "other"))
     assert steady(one.run) == steady(other.run) and len(steady(one.run)) == 5
@@ -130,9 +134,9 @@ def test_epochs_decide_where_steps_are_not_said(run: Tune) -> None:
 
 def test_only_the_targets_are_adapted(run: Tune, tiny_model: Path) -> None:
     result = run(targets=("q", "v"))
-    config, pairs = read_peft_adapter(result.adapter, open_model(tiny_model).spec)
-    assert config["target_modules"] == ["q_proj", "v_proj"]
-    assert {name.split(".")[1] for name in pairs} == {"q", "v"} and len(pairs) == 14
+    adapter = read_peft_adapter(result.adapter, open_model(tiny_model).spec)
+    assert adapter.config["target_modules"] == ["q_proj", "v_proj"]
+    assert {name.split(".")[1] for name in adapter.pairs} == {"q", "v"} and len(adapter.pairs) == 14
 
 
 def break_from(monkeypatch: pytest.MonkeyPatch, first: int, last: float = math.inf) -> None:
@@ -163,9 +167,36 @@ def test_it_stops_where_the_loss_stays_no_number(run: Tune, tmp_path: Path, monk
         run(max_steps=8)
     assert "--lr" in str(caught.value) and len(RunFolder.open(tmp_path / "run").metrics()) == 2 + PATIENCE
     assert steady(tmp_path / "run")[:2] == steady(good.run)[:2]
-    _, pairs = read_peft_adapter(tmp_path / "run" / "adapter")
+    pairs = read_peft_adapter(tmp_path / "run" / "adapter").pairs
     assert all(a.isfinite().all() and b.isfinite().all() for a, b in pairs.values())
     assert (tmp_path / "run" / "adapter.gguf").is_file() and not (tmp_path / "run" / "lock").exists()
+
+
+def test_patience_is_a_setting(run: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_from(monkeypatch, 2)
+    with pytest.raises(MachineError, match="not a number 2 times in a row"):
+        run(max_steps=8, patience=2)
+    assert len(RunFolder.open(tmp_path / "run").metrics()) == 3 and (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_the_schedule_is_followed(run: Tune) -> None:
+    rows = RunFolder.open(run(max_steps=6, schedule="constant", warmup=0.5).run).metrics()
+    assert [row["lr"] for row in rows] == pytest.approx([0.02 / 3, 0.04 / 3, 0.02, 0.02, 0.02, 0.02])
+
+
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_dora_trains_magnitudes(run: Tune, tiny_model: Path, recompute: str) -> None:
+    result = run(max_steps=25, dora=True, rslora=True, recompute=recompute, targets=("q", "down"))
+    assert result.loss_last < result.loss_first - 0.4 and result.adapter_gguf is None
+    assert not (result.run / "adapter.gguf").exists()
+    file = open_model(tiny_model)
+    adapter = read_peft_adapter(result.adapter, file.spec)
+    assert adapter.config["use_dora"] and adapter.config["use_rslora"] and adapter.scale == 2.0
+    assert adapter.magnitudes.keys() == adapter.pairs.keys() and len(adapter.pairs) == 14
+    for name, magnitude in adapter.magnitudes.items():
+        stored = file.tensors[name]
+        frozen = unpack(stored.data, stored.qtype).norm(dim=1)
+        assert 0 < float((magnitude - frozen).abs().max()) < 0.5
 
 
 def interrupt_at(step: int) -> Callable[[Progress], None]:
@@ -179,7 +210,9 @@ def interrupt_at(step: int) -> Callable[[Progress], None]:
 def test_ctrl_c_saves_what_is_trained(run: Tune, tmp_path: Path) -> None:
     stopped = run(interrupt_at(3), max_steps=9)
     assert stopped.steps == 3 and len(RunFolder.open(stopped.run).metrics()) == 3
-    assert stopped.adapter.is_dir() and stopped.adapter_gguf.is_file() and (stopped.run / "loss.png").is_file()
+    assert (
+        stopped.adapter.is_dir() and (stopped.run / "adapter.gguf").is_file() and (stopped.run / "loss.png").is_file()
+    )
     assert not (stopped.run / "lock").exists()
     whole = run(out=tmp_path / "whole", max_steps=9)
     assert steady(stopped.run) == steady(whole.run)[:3]

@@ -29,13 +29,14 @@ from gemwright.kernels import (
     triton_fp8,
     triton_geglu,
     triton_heads,
+    triton_join,
     triton_norm,
     triton_ops,
     triton_unpack,
 )
 from gemwright.kernels.cross_entropy import Running
 
-MODULES = (triton_cross_entropy, triton_fp8, triton_geglu, triton_heads, triton_norm, triton_unpack)
+MODULES = (triton_cross_entropy, triton_fp8, triton_geglu, triton_heads, triton_join, triton_norm, triton_unpack)
 SHARED_BYTES = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9; the other generations have more
 CAPABILITIES = (80, 86, 89, 90, 120)  # A100, RTX 30, RTX 40, H100, RTX 50
 FP8_SINCE = 89
@@ -177,6 +178,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
         run_softmax(dtype, width)
     for qtype in triton_unpack.FORMATS:
         run_unpack(qtype)
+    for rank in (3, 16, 128):
+        master, table = meta(1 << 20, dtype=torch.float32), meta(7, 6, dtype=torch.int64)
+        triton_join.join(master, table, 1.0, rank, 3 * rank + 5, 21_504)
     run_fp8(43008, 5376, 32)
     run_fp8(8192, 5376, 48)
     run_fp8(5376, 21504, 16)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from gemwright.spec import LINEARS, SPECS
 from gemwright.weights import hf_folder, names
 from gemwright.weights.gguf_writer import read_gguf_lora, write_gguf_lora
 from gemwright.weights.hf_folder import write_hf_model
-from gemwright.weights.pairs import Pairs
+from gemwright.weights.pairs import Magnitudes, Pairs
 from gemwright.weights.peft_files import read_peft_adapter, write_peft_adapter
 
 TINY = replace(SPECS["270m"], name="tiny", layers=7, hidden=64, mlp=96, heads=4, kv_heads=2, head_dim=32, vocab=96)
@@ -52,7 +54,8 @@ def assert_same(one: Pairs, other: Pairs) -> None:
 
 
 def test_peft_round_trip(folder: Path, pairs: Pairs) -> None:
-    config, back = read_peft_adapter(folder, TINY)
+    config, back = (adapter := read_peft_adapter(folder, TINY)).config, adapter.pairs
+    assert adapter.scale == ALPHA / RANK and not adapter.magnitudes
     assert config["r"] == RANK and config["lora_alpha"] == ALPHA and config["peft_type"] == "LORA"
     assert config["target_modules"] == sorted(f"{part}_proj" for part in LINEARS)
     assert_same(back, pairs)
@@ -72,18 +75,63 @@ def test_peft_loads_it_and_means_the_same(tmp_path: Path, folder: Path, pairs: P
         torch.testing.assert_close(module.get_delta_weight("default"), ALPHA / RANK * (b @ a))
 
 
+@pytest.fixture
+def magnitudes(pairs: Pairs) -> Magnitudes:
+    generator = torch.Generator().manual_seed(6)
+    return {name: 0.1 + torch.rand(len(b), generator=generator) for name, (_, b) in pairs.items()}
+
+
 @OLD_NAME
-def test_reads_what_peft_saves(tmp_path: Path, folder: Path, pairs: Pairs) -> None:
+@pytest.mark.parametrize("rslora", [False, True], ids=("plain", "rslora"))
+@pytest.mark.parametrize("dora", [False, True], ids=("lora", "dora"))
+def test_peft_reads_and_saves_every_kind(
+    tmp_path: Path, pairs: Pairs, magnitudes: Magnitudes, rslora: bool, dora: bool
+) -> None:
     from peft import PeftModel
     from transformers import Gemma3ForCausalLM
 
+    own = magnitudes if dora else {}
+    ours = tmp_path / "ours"
+    write_peft_adapter(ours, TINY, RANK, ALPHA, pairs, "base", LINEARS, rslora=rslora, magnitudes=own)
     shapes = names.expected_shapes(TINY, TINY.vocab)
-    write_hf_model(tmp_path / "base", TINY, {name: torch.zeros(shape) for name, shape in shapes.items()})
-    model = PeftModel.from_pretrained(Gemma3ForCausalLM.from_pretrained(tmp_path / "base"), folder)
+    write_hf_model(tmp_path / "base", TINY, {name: torch.ones(shape) for name, shape in shapes.items()})
+    model = PeftModel.from_pretrained(Gemma3ForCausalLM.from_pretrained(tmp_path / "base"), ours)
     model.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
-    config, back = read_peft_adapter(tmp_path / "saved", TINY)
-    assert config["r"] == RANK
-    assert_same(back, pairs)
+    for folder in (ours, tmp_path / "saved"):
+        adapter = read_peft_adapter(folder, TINY)
+        assert adapter.config["r"] == RANK and adapter.config["use_dora"] == dora
+        assert adapter.scale == model.get_submodule(names.to_peft("3.up")).scaling["default"]
+        assert adapter.scale == ALPHA / (math.sqrt(RANK) if rslora else RANK)
+        assert_same(adapter.pairs, pairs)
+        assert adapter.magnitudes.keys() == own.keys()
+        assert all(torch.equal(adapter.magnitudes[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.pop("3.up"), "3.up has no magnitudes"),
+        (lambda m: m.update({"3.up": torch.ones(5)}), r"3.up has magnitudes \(5,\), not \(96,\)"),
+        (lambda m: m.update({"9.up": torch.ones(96)}), "9.up has magnitudes"),
+    ],
+    ids=("missing", "short", "other"),
+)
+def test_magnitudes_that_do_not_fit(
+    tmp_path: Path, pairs: Pairs, magnitudes: Magnitudes, change: Callable[[dict[str, torch.Tensor]], None], said: str
+) -> None:
+    changed = dict(magnitudes)
+    change(changed)
+    with pytest.raises(InputError, match=said):
+        write_peft_adapter(tmp_path / "a", TINY, RANK, ALPHA, pairs, "x", LINEARS, magnitudes=changed)
+    assert not (tmp_path / "a").exists()
+
+
+def test_magnitudes_that_the_config_denies(tmp_path: Path, pairs: Pairs, magnitudes: Magnitudes) -> None:
+    write_peft_adapter(tmp_path / "a", TINY, RANK, ALPHA, pairs, "x", LINEARS, magnitudes=magnitudes)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"use_dora": False}), encoding="utf-8")
+    with pytest.raises(InputError, match="use_dora is False, but the weights have magnitudes"):
+        read_peft_adapter(tmp_path / "a")
 
 
 @pytest.mark.parametrize("qtype", ["F32", "F16"])
@@ -164,7 +212,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     ("change", "said"),
     [
         ({"peft_type": "IA3"}, "'IA3'"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "use_dora is True, but the weights have no magnitudes"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"r": 4}, "does not have the rank 4"),
         ({"r": "3"}, "r is '3'"),

@@ -1,0 +1,361 @@
+"""LoRA on packed Gemma 3 of any size on one GPU, beside what the same GPU does with the matrix products alone.
+
+    python benchmarks/train_gpu.py                            # the table of issue sizes and caps
+    python benchmarks/train_gpu.py --only 27b:4x2048:8 4b     # some of it: size[:batch x sequence[:cap]]
+    python benchmarks/train_gpu.py --more                     # other formats, sources, slower links, no cap
+
+Weights are random, in the true shapes. Every configuration is a process of its own under
+`torch.cuda.set_per_process_memory_fraction`; the limit (three passes of products over every linear, flash attention, the
+head on all positions) is measured in that process first. Every position has a label. Runs from the source tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+RANK, GIB = 16, 2**30
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12}
+
+
+@dataclass(frozen=True)
+class Case:
+    size: str
+    batch: int
+    sequence: int
+    cap_gib: float | None = 8.0
+    quantization: str = "Q4_0"
+    residency: str = "auto"
+    source: str = "auto"
+    recompute: str = "auto"
+    link_copies: int = 1
+    compute: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        cap = "none" if self.cap_gib is None else f"{self.cap_gib:g}"
+        extra = [v for v, d in ((self.quantization, "Q4_0"), (self.source, "auto"), (self.compute, "bf16")) if v != d]
+        extra += [f"{self.link_copies} copies"] * (self.link_copies > 1) + [self.residency] * (self.residency != "auto")
+        return " ".join([f"{self.size}:{self.batch}x{self.sequence}:{cap}", *extra])
+
+
+TABLE = [
+    Case("27b", 4, 2048),
+    Case("27b", 1, 2048),
+    Case("27b", 1, 2048, 6.0),
+    Case("27b", 64, 128),
+    Case("12b", 4, 2048),
+    Case("12b", 1, 2048),
+    Case("4b", 4, 2048),
+    Case("4b", 1, 2048),
+    Case("4b", 1, 131_072),
+    Case("12b", 1, 65_536),
+    Case("27b", 1, 32_768),
+]
+MORE = [
+    Case("27b", 4, 2048, residency="streamed"),
+    Case("27b", 4, 2048, quantization="Q4_K"),
+    Case("12b", 4, 2048, quantization="Q8_0"),
+    Case("12b", 1, 2048, source="pinned"),
+    Case("12b", 1, 2048, source="pageable"),
+    Case("12b", 4, 2048, source="pageable"),
+    Case("4b", 4, 2048, residency="streamed"),
+    Case("4b", 4, 2048, None),
+    Case("12b", 4, 2048, 24.0),
+    Case("1b", 4, 2048),
+    Case("270m", 4, 2048),
+    Case("12b", 1, 2048, link_copies=4),
+    Case("12b", 4, 2048, link_copies=8),
+]
+
+
+def resident(case: Case) -> Case:
+    """The same work with the whole card to itself."""
+    return replace(case, cap_gib=None, residency="resident", source="auto", link_copies=1)
+
+
+def model_path(case: Case, folder: Path) -> Path:
+    from gemwright.spec import SPECS
+    from gemwright.weights.random_model import write_random_gguf
+
+    path = folder / f"{case.size}-{case.quantization}.gguf"
+    if not path.exists():
+        write_random_gguf(path, SPECS[case.size], case.quantization)
+    return path
+
+
+def seconds(work, repeats: int = 5) -> float:
+    import torch
+
+    work()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+def limit_s(case: Case) -> tuple[float, float]:
+    """(seconds of a step's products, attention and head alone, FLOP/s of these products)."""
+    import torch
+
+    from gemwright.kernels.attend import plan
+    from gemwright.model.residency import GROUPS
+    from gemwright.spec import SPECS
+
+    spec, device, bf16 = SPECS[case.size], torch.device("cuda"), torch.bfloat16
+    tokens = case.batch * case.sequence
+    rows = min(tokens, 8192)
+    products, flops = 0.0, 0
+    for parts in GROUPS.values():
+        out, width = sum(spec.linear_shapes[p][0] for p in parts), spec.linear_shapes[parts[0]][1]
+        w = torch.randn(out, width, device=device, dtype=bf16) * 0.02
+        x, y = torch.randn(rows, width, device=device, dtype=bf16), torch.empty(rows, out, device=device, dtype=bf16)
+        back = torch.empty_like(x)
+        products += 2 * seconds(lambda: torch.mm(x, w.t(), out=y)) + seconds(lambda: torch.mm(y, w, out=back))
+        flops += 3 * 2 * rows * out * width
+    attention, length = 0.0, min(case.sequence, rows)
+    for window in (spec.window, None):
+        share = sum(spec.is_global(i) == (window is None) for i in range(spec.layers))
+        made = plan([length] * (rows // length), window, device, bf16)
+        q = torch.randn(rows, spec.heads, spec.head_dim, device=device, dtype=bf16) / 16
+        k, v = (torch.randn(rows, spec.kv_heads, spec.head_dim, device=device, dtype=bf16) for _ in range(2))
+        out, kept = made.forward(q, k, v)
+        forward = seconds(lambda: made.forward(q, k, v))
+        attention += share * (2 * forward + seconds(lambda: made.backward(out, q, k, v, out, kept)))
+    head = torch.randn(16_384, spec.hidden, device=device, dtype=bf16)
+    h = torch.randn(rows, spec.hidden, device=device, dtype=bf16)
+    logits = h @ head.t()
+    a_chunk = seconds(lambda: torch.mm(h, head.t(), out=logits)) + seconds(lambda: torch.mm(logits, head))
+    step = spec.layers * products + attention + a_chunk * spec.vocab / len(head)
+    return step * tokens / rows, flops / products
+
+
+def slow_link(setup, copies: int) -> None:
+    """Copy every layer and every activation several times, as if the link were so many times slower."""
+    source, store = setup.model.residency._source, setup.store
+    whole = source.copy
+
+    def copy(layer, slot, ready):
+        for _ in range(copies - 1):
+            whole(layer, slot, ready)
+        return whole(layer, slot, ready)
+
+    source.copy = copy
+    store.copies = copies
+
+
+def run(case: Case, folder: Path, steps: int) -> dict:
+    import torch
+
+    from gemwright.train.batches import Encoded
+    from gemwright.train.config import TrainConfig
+    from gemwright.train.memory import peak_rss_bytes
+    from gemwright.train.optimizer import Optimizer
+    from gemwright.train.setup import new_lora, on_gpu, plan_for, use_expandable_segments
+    from gemwright.train.step import forward_backward
+    from gemwright.weights.model_file import open_model
+
+    use_expandable_segments()
+    device, file = torch.device("cuda", 0), open_model(model_path(case, folder))
+    best_s, flops = limit_s(case)
+    torch.cuda.empty_cache()
+    tokens = case.batch * case.sequence
+    extra = {"compute": case.compute} if case.compute != "bf16" else {}
+    config = TrainConfig(
+        data="none",
+        model=str(file.path),
+        out="none",
+        seq=case.sequence,
+        tokens_per_step=tokens,
+        rank=RANK,
+        vram=None if case.cap_gib is None else int(case.cap_gib * GIB),
+        residency=case.residency,
+        source=case.source,
+        recompute=case.recompute,
+        **extra,
+    )
+    start = time.perf_counter()
+    plan = plan_for(config, file, device, link_share=1 / case.link_copies)
+    lora = new_lora(config, file, device, torch.bfloat16)
+    setup = on_gpu(plan, config, file, lora, device, torch.bfloat16)
+    if case.link_copies > 1:
+        slow_link(setup, case.link_copies)
+    torch.cuda.synchronize()
+    ready_s = time.perf_counter() - start
+    draw = torch.Generator().manual_seed(0)
+    documents = [
+        Encoded(torch.randint(0, file.spec.vocab, (case.sequence,), generator=draw).tolist(), [True] * case.sequence)
+        for _ in range(case.batch)
+    ]
+    optimizer, times, waits, losses = Optimizer(lora, 0.0, 1.0), [], [], []
+    rows = setup.rows([[document] for document in documents])
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        done = forward_backward(setup.model, rows, setup.work, setup.store)
+        rows = setup.rows([[document] for document in documents])
+        losses.append(done.loss)
+        optimizer.update(1e-4, losses[-1])
+        times.append(time.perf_counter() - start)
+        waits.append(setup.waited_s())
+    step_s = statistics.median(times[2:])
+    peaks = torch.cuda.memory_stats(device)
+    name = torch.cuda.get_device_name(device)
+    peak_flops = next((value for key, value in PEAK_FLOPS.items() if key in name), flops)
+    executed = products_of(file.spec, plan, tokens)
+    return {
+        **asdict(case),
+        "case": case.name,
+        "tokens_per_s": tokens / step_s,
+        "step_s": step_s,
+        "step_s_spread": [min(times[2:]), max(times[2:])],
+        "first_step_s": times[0],
+        "ready_s": ready_s,
+        "waiting_share": statistics.median(waits[2:]) / step_s,
+        "limit_tokens_per_s": tokens / best_s,
+        "share_of_limit": best_s / step_s,
+        "limit_flops": flops,
+        "hfu": executed / step_s / peak_flops,
+        "peak_allocated_bytes": peaks["allocated_bytes.all.peak"],
+        "peak_reserved_bytes": peaks["reserved_bytes.all.peak"],
+        "predicted_peak_bytes": plan.predicted_bytes,
+        "predicted_step_s": plan.step_s,
+        "peak_host_bytes": peak_rss_bytes(),
+        "file_bytes": file.bytes(),
+        "source_kind": setup.model.residency.source_kind,
+        "plan": plan.summary(),
+        "losses": losses,
+        "device": name,
+    }
+
+
+def products_of(spec, plan, tokens: int) -> float:
+    """FLOPs of the products that a step really runs."""
+    from gemwright.model.layer import Keep
+
+    weights = {part: rows * cols for part, (rows, cols) in spec.linear_shapes.items()}
+    whole = sum(weights.values())
+    again = {Keep.INPUT: whole, Keep.NARROW: whole - weights["o"] - weights["down"], Keep.PRODUCTS: 0}
+    again[Keep.HEADS] = weights["gate"] + weights["up"]
+    layers = sum(2 * whole + again[keep] for keep in plan.keep)
+    return 2.0 * tokens * (layers + 2 * spec.vocab * spec.hidden)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--more", action="store_true")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "gemwright-random")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--compute", default="bf16")
+    parser.add_argument("--no-resident", action="store_true", help="leave the resident twin of each case out")
+    parser.add_argument("--time-limit", type=float, default=1e9, help="start no case after so many seconds")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.models.mkdir(parents=True, exist_ok=True)
+    if options.case:
+        print(json.dumps(run(Case(**json.loads(options.case)), options.models, options.steps)))
+        return
+    begun = time.perf_counter()
+    cases = [replace(case, compute=options.compute) for case in [*TABLE, *(MORE if options.more else [])]]
+    if options.only:
+        cases = [case for case in cases if any(case.name.startswith(wanted) for wanted in options.only)]
+    rows: list[dict] = []
+    baselines: dict[str, dict] = {}
+    for case in cases:
+        if time.perf_counter() - begun > options.time_limit:
+            print(f"{case.name}: left out, no time", file=sys.stderr)
+            continue
+        twin = resident(case)
+        if not options.no_resident and case.sequence <= 8192 and twin.name not in baselines:
+            baselines[twin.name] = child(twin, options)
+        row = child(case, options)
+        base = baselines.get(twin.name, {})
+        row["ratio_to_resident"] = (
+            row["tokens_per_s"] / base["tokens_per_s"] if row.get("tokens_per_s") and base.get("tokens_per_s") else None
+        )
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    if rows:
+        write([*rows, *baselines.values()], options)
+
+
+def child(case: Case, options: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--models", str(options.models)]
+    steps = options.steps if case.batch * case.sequence <= 16_384 else 1
+    done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()
+        print(f"{case.name}: failed: {done.stderr[-1500:]}", file=sys.stderr)
+        return {**asdict(case), "case": case.name, "error": last[-1] if last else "no output"}
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    brief = f"{row['tokens_per_s']:8.0f} tok/s  share {row['share_of_limit']:.2f}  waiting {row['waiting_share']:.2f}"
+    peak, predicted = row["peak_reserved_bytes"] / GIB, row["predicted_peak_bytes"] / GIB
+    print(
+        f"{case.name:34} {brief}  peak {peak:.2f} (predicted {predicted:.2f}, allocated {row['peak_allocated_bytes'] / GIB:.2f}) GiB  host {row['peak_host_bytes'] / GIB:.1f}",
+        file=sys.stderr,
+    )
+    return row
+
+
+def write(rows: list[dict], options: argparse.Namespace) -> None:
+    import torch
+
+    device = next((row["device"] for row in rows if "device" in row), "gpu")
+    slug = "-".join(device.lower().split())
+    stem = options.out / f"train_gpu_{slug}_{date.today().isoformat()}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = "".join(table_line(row) for row in rows)
+    text = f"""# LoRA on packed Gemma 3 on one GPU, {date.today().isoformat()}
+
+`python benchmarks/train_gpu.py` on {device}; Python {platform.python_version()}, PyTorch {torch.__version__}.
+Random weights in the true shapes, rank {RANK} on all linears, every position labelled, {options.steps} timed steps after two.
+Peak: what PyTorch reserved, under the cap; host: the process's resident memory, the mapped file counted in.
+
+| case (size:batch x sequence:cap GiB) | tokens/s | of resident | of the limit | limit tokens/s | waiting | peak GiB | predicted | host GiB | step s (spread) | predicted s |
+|---|---|---|---|---|---|---|---|---|---|---|
+{lines}
+"""
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def table_line(row: dict) -> str:
+    if "error" in row:
+        return f"| {row['case']} | {row['error']} | | | | | | | | | |\n"
+    ratio = row.get("ratio_to_resident")
+    low, high = row["step_s_spread"]
+    values = (
+        row["case"],
+        f"{row['tokens_per_s']:,.0f}",
+        f"{ratio:.3f}" if ratio else "",
+        f"{row['share_of_limit']:.2f}",
+        f"{row['limit_tokens_per_s']:,.0f}",
+        f"{row['waiting_share']:.2f}",
+        f"{row['peak_reserved_bytes'] / GIB:.2f}",
+        f"{row['predicted_peak_bytes'] / GIB:.2f}",
+        f"{row['peak_host_bytes'] / GIB:.1f}",
+        f"{row['step_s']:.3f} ({low:.3f} to {high:.3f})",
+        f"{row['predicted_step_s']:.3f}",
+    )
+    return "| " + " | ".join(values) + " |\n"
+
+
+if __name__ == "__main__":
+    main()
