@@ -5,7 +5,8 @@
 
 Needs torch, triton, gguf and psutil only. Each product is what `model.lora.Linear` does with it, adapters of `--rank`
 for all linears included: in bf16 one product with the adapters' columns, in fp8 the rounding of its input besides.
-"fast" is without fp32 sums in between. A line "layer" adds up forward, backward and what the backward computes again
+"fast" is without fp32 sums in between; "error" is relative to fp32, "size" the part of the exact product that is there
+(below 1 where sums lose what they cut off). A line "layer" adds up forward, backward, what the backward computes again
 where the outputs of attention and MLP are kept (qkv and gate_up), and two visits of the first type of weights.
 """
 
@@ -120,7 +121,7 @@ def products_of(rows: int, cols: int, t: int, n: int, repeats: int) -> dict[str,
         both = torch.mm(dy, w)
         return both[:, :cols].addmm_(both[:, cols:], a)
 
-    runs: dict[str, tuple[Callable[[], object], Callable[[], object], Callable[[], object]]] = {
+    runs: dict[str, tuple[Callable[[], object], Callable[[], Tensor], Callable[[], object]]] = {
         "forward": (
             lambda: torch.mm(room, w.t(), out=y),
             lambda: weight.product(x, y, low, b),
@@ -132,12 +133,21 @@ def products_of(rows: int, cols: int, t: int, n: int, repeats: int) -> dict[str,
             lambda: quantise_rows(dy, rows8["backward"], own, scale, low, one),
         ),
     }
+    some = slice(0, 256)
+    right = {
+        "forward": x[some].float() @ w[:, :cols].float().t() + low[some].float() @ b.float().t(),
+        "backward": dy[some].float() @ w[:, :cols].float() + torch.mm(dy[some], b).float() @ a.float(),
+    }
     made = {}
     for way, (bf16, in_fp8, rounding) in runs.items():
         times = {"bf16_ms": ms(bf16, repeats)}
-        for key, fast in (("fp8_ms", False), ("fp8_fast_ms", True)):
+        for key, fast in (("fp8", False), ("fp8_fast", True)):
             fp8.FAST_SUMS = fast
-            times[key] = ms(in_fp8, repeats)
+            times[f"{key}_ms"] = ms(in_fp8, repeats)
+            found, exact = in_fp8()[some].double(), right[way].double()
+            times[f"{key}_error"] = float((found - exact).norm() / exact.norm())
+            times[f"{key}_size"] = float((found * exact).sum() / exact.square().sum())
+        fp8.FAST_SUMS = False
         made[way] = times | {"rounding_ms": ms(rounding, repeats)}
     return made
 
@@ -154,7 +164,7 @@ def main() -> None:
     lines: list[str] = []
 
     def tell(**fields: object) -> None:
-        rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in fields.items()}
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in fields.items()}
         lines.append(json.dumps(rounded))
         print(lines[-1], flush=True)
 
