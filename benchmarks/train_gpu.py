@@ -4,9 +4,10 @@
     python benchmarks/train_gpu.py --only 27b:4x2048:8 4b     # some of it: size[:batch x sequence[:cap]]
     python benchmarks/train_gpu.py --more                     # other formats, sources, slower links, no cap
 
-Weights are random, in the true shapes. Every configuration is a process of its own under
-`torch.cuda.set_per_process_memory_fraction`; the limit (three passes of products over every linear, flash attention, the
-head on all positions) is measured in that process first. Every position has a label. Runs from the source tree.
+Weights are random, in the true shapes. Every configuration is a process of its own, in which it runs under
+`torch.cuda.set_per_process_memory_fraction` after its resident twin without a cap, and after the limit: three passes of
+products over every linear, flash attention, the head on all positions. Beyond 8,192 tokens a row the limit counts the
+attention of 8,192 only. Every position has a label. Runs from the source tree.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 RANK, GIB = 16, 2**30
+COLUMNS = ("case", "tokens/s", "of resident", "of the limit", "limit tokens/s", "waiting", "peak GiB", "predicted")
+COLUMNS = (*COLUMNS, "host GiB", "step s (spread)", "predicted s")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12}
 
 
@@ -126,8 +130,8 @@ def limit_s(case: Case) -> tuple[float, float]:
         out, width = sum(spec.linear_shapes[p][0] for p in parts), spec.linear_shapes[parts[0]][1]
         w = torch.randn(out, width, device=device, dtype=bf16) * 0.02
         x, y = torch.randn(rows, width, device=device, dtype=bf16), torch.empty(rows, out, device=device, dtype=bf16)
-        back = torch.empty_like(x)
-        products += 2 * seconds(lambda: torch.mm(x, w.t(), out=y)) + seconds(lambda: torch.mm(y, w, out=back))
+        forward = seconds(partial(torch.mm, x, w.t(), out=y))
+        products += 2 * forward + seconds(partial(torch.mm, y, w, out=torch.empty_like(x)))
         flops += 3 * 2 * rows * out * width
     attention, length = 0.0, min(case.sequence, rows)
     for window in (spec.window, None):
@@ -136,12 +140,12 @@ def limit_s(case: Case) -> tuple[float, float]:
         q = torch.randn(rows, spec.heads, spec.head_dim, device=device, dtype=bf16) / 16
         k, v = (torch.randn(rows, spec.kv_heads, spec.head_dim, device=device, dtype=bf16) for _ in range(2))
         out, kept = made.forward(q, k, v)
-        forward = seconds(lambda: made.forward(q, k, v))
-        attention += share * (2 * forward + seconds(lambda: made.backward(out, q, k, v, out, kept)))
+        back = seconds(partial(made.backward, out, q, k, v, out, kept))
+        attention += share * (2 * seconds(partial(made.forward, q, k, v)) + back)
     head = torch.randn(16_384, spec.hidden, device=device, dtype=bf16)
     h = torch.randn(rows, spec.hidden, device=device, dtype=bf16)
     logits = h @ head.t()
-    a_chunk = seconds(lambda: torch.mm(h, head.t(), out=logits)) + seconds(lambda: torch.mm(logits, head))
+    a_chunk = seconds(partial(torch.mm, h, head.t(), out=logits)) + seconds(partial(torch.mm, logits, head))
     step = spec.layers * products + attention + a_chunk * spec.vocab / len(head)
     return step * tokens / rows, flops / products
 
@@ -160,7 +164,7 @@ def slow_link(setup, copies: int) -> None:
     store.copies = copies
 
 
-def run(case: Case, folder: Path, steps: int) -> dict:
+def run(case: Case, folder: Path, steps: int, limit: tuple[float, float]) -> dict:
     import torch
 
     from gemwright.train.batches import Encoded
@@ -173,7 +177,7 @@ def run(case: Case, folder: Path, steps: int) -> dict:
 
     use_expandable_segments()
     device, file = torch.device("cuda", 0), open_model(model_path(case, folder))
-    best_s, flops = limit_s(case)
+    best_s, flops = limit
     torch.cuda.empty_cache()
     tokens = case.batch * case.sequence
     extra = {"compute": case.compute} if case.compute != "bf16" else {}
@@ -205,7 +209,8 @@ def run(case: Case, folder: Path, steps: int) -> dict:
     ]
     optimizer, times, waits, losses = Optimizer(lora, 0.0, 1.0), [], [], []
     rows = setup.rows([[document] for document in documents])
-    for _ in range(steps + 2):
+    warm = 2 if tokens <= 16_384 else 1
+    for _ in range(steps + warm):
         start = time.perf_counter()
         done = forward_backward(setup.model, rows, setup.work, setup.store)
         rows = setup.rows([[document] for document in documents])
@@ -213,20 +218,22 @@ def run(case: Case, folder: Path, steps: int) -> dict:
         optimizer.update(1e-4, losses[-1])
         times.append(time.perf_counter() - start)
         waits.append(setup.waited_s())
-    step_s = statistics.median(times[2:])
+    step_s = statistics.median(times[warm:])
     peaks = torch.cuda.memory_stats(device)
     name = torch.cuda.get_device_name(device)
     peak_flops = next((value for key, value in PEAK_FLOPS.items() if key in name), flops)
     executed = products_of(file.spec, plan, tokens)
+    source_kind = setup.model.residency.source_kind
+    setup.close()
     return {
         **asdict(case),
         "case": case.name,
         "tokens_per_s": tokens / step_s,
         "step_s": step_s,
-        "step_s_spread": [min(times[2:]), max(times[2:])],
+        "step_s_spread": [min(times[warm:]), max(times[warm:])],
         "first_step_s": times[0],
         "ready_s": ready_s,
-        "waiting_share": statistics.median(waits[2:]) / step_s,
+        "waiting_share": statistics.median(waits[warm:]) / step_s,
         "limit_tokens_per_s": tokens / best_s,
         "share_of_limit": best_s / step_s,
         "limit_flops": flops,
@@ -237,7 +244,7 @@ def run(case: Case, folder: Path, steps: int) -> dict:
         "predicted_step_s": plan.step_s,
         "peak_host_bytes": peak_rss_bytes(),
         "file_bytes": file.bytes(),
-        "source_kind": setup.model.residency.source_kind,
+        "source_kind": source_kind,
         "plan": plan.summary(),
         "losses": losses,
         "device": name,
@@ -270,7 +277,8 @@ def main() -> None:
     options = parser.parse_args()
     options.models.mkdir(parents=True, exist_ok=True)
     if options.case:
-        print(json.dumps(run(Case(**json.loads(options.case)), options.models, options.steps)))
+        for row in run_all([Case(**case) for case in json.loads(options.case)], options):
+            print(json.dumps(row), flush=True)
         return
     begun = time.perf_counter()
     cases = [replace(case, compute=options.compute) for case in [*TABLE, *(MORE if options.more else [])]]
@@ -283,35 +291,52 @@ def main() -> None:
             print(f"{case.name}: left out, no time", file=sys.stderr)
             continue
         twin = resident(case)
-        if not options.no_resident and case.sequence <= 8192 and twin.name not in baselines:
-            baselines[twin.name] = child(twin, options)
-        row = child(case, options)
-        base = baselines.get(twin.name, {})
-        row["ratio_to_resident"] = (
-            row["tokens_per_s"] / base["tokens_per_s"] if row.get("tokens_per_s") and base.get("tokens_per_s") else None
-        )
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        wanted = not options.no_resident and case.sequence <= 8192 and twin.name not in baselines
+        for row in child([twin, case] if wanted else [case], options):
+            if row["case"] == twin.name and wanted:
+                baselines[twin.name] = row
+                continue
+            base = baselines.get(twin.name, {})
+            both = row.get("tokens_per_s") and base.get("tokens_per_s")
+            row["ratio_to_resident"] = row["tokens_per_s"] / base["tokens_per_s"] if both else None
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     if rows:
         write([*rows, *baselines.values()], options)
 
 
-def child(case: Case, options: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--models", str(options.models)]
-    steps = options.steps if case.batch * case.sequence <= 16_384 else 1
+def run_all(cases: list[Case], options: argparse.Namespace) -> list[dict]:
+    """The cases of one process, one after another; its limit is measured once, before them."""
+    import gc
+
+    limit, rows = limit_s(cases[-1]), []
+    for case in cases:
+        rows.append(run(case, options.models, options.steps, limit))
+        gc.collect()
+    return rows
+
+
+def child(cases: list[Case], options: argparse.Namespace) -> list[dict]:
+    """Run cases in a process of their own; a row each, with `error` where it failed."""
+    wanted = json.dumps([asdict(case) for case in cases])
+    command = [sys.executable, __file__, "--case", wanted, "--models", str(options.models)]
+    steps = options.steps if cases[-1].batch * cases[-1].sequence <= 16_384 else 1
     done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, check=False)
     if done.returncode:
-        last = done.stderr.strip().splitlines()
-        print(f"{case.name}: failed: {done.stderr[-1500:]}", file=sys.stderr)
-        return {**asdict(case), "case": case.name, "error": last[-1] if last else "no output"}
-    row = json.loads(done.stdout.strip().splitlines()[-1])
-    brief = f"{row['tokens_per_s']:8.0f} tok/s  share {row['share_of_limit']:.2f}  waiting {row['waiting_share']:.2f}"
-    peak, predicted = row["peak_reserved_bytes"] / GIB, row["predicted_peak_bytes"] / GIB
-    print(
-        f"{case.name:34} {brief}  peak {peak:.2f} (predicted {predicted:.2f}, allocated {row['peak_allocated_bytes'] / GIB:.2f}) GiB  host {row['peak_host_bytes'] / GIB:.1f}",
-        file=sys.stderr,
-    )
-    return row
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        print(f"{cases[-1].name}: failed: {done.stderr[-1500:]}", file=sys.stderr)
+        return [{**asdict(cases[-1]), "case": cases[-1].name, "error": last}]
+    rows = [json.loads(line) for line in done.stdout.strip().splitlines()]
+    for row in rows:
+        peak, predicted = row["peak_reserved_bytes"] / GIB, row["predicted_peak_bytes"] / GIB
+        print(
+            f"{row['case']:34} {row['tokens_per_s']:8.0f} tok/s  share {row['share_of_limit']:.2f}  "
+            f"waiting {row['waiting_share']:.2f}  peak {peak:.2f} (predicted {predicted:.2f}) GiB  "
+            f"host {row['peak_host_bytes'] / GIB:.1f}  step {row['step_s']:.3f} "
+            f"(predicted {row['predicted_step_s']:.3f})  first {row['first_step_s']:.1f} after {row['ready_s']:.1f}",
+            file=sys.stderr,
+        )
+    return rows
 
 
 def write(rows: list[dict], options: argparse.Namespace) -> None:
@@ -325,12 +350,13 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
     lines = "".join(table_line(row) for row in rows)
     text = f"""# LoRA on packed Gemma 3 on one GPU, {date.today().isoformat()}
 
-`python benchmarks/train_gpu.py` on {device}; Python {platform.python_version()}, PyTorch {torch.__version__}.
-Random weights in the true shapes, rank {RANK} on all linears, every position labelled, {options.steps} timed steps after two.
-Peak: what PyTorch reserved, under the cap; host: the process's resident memory, the mapped file counted in.
+`python benchmarks/train_gpu.py` on {device}; Python {platform.python_version()},
+PyTorch {torch.__version__}. Random weights in the true shapes, rank {RANK} on all linears, every position labelled,
+{options.steps} timed steps after two (one after one for more than 16,384 tokens). Cases: size:batch x sequence:cap in
+GiB. Peak: what PyTorch reserved; host: the process's resident memory at most, the mapped file counted in.
 
-| case (size:batch x sequence:cap GiB) | tokens/s | of resident | of the limit | limit tokens/s | waiting | peak GiB | predicted | host GiB | step s (spread) | predicted s |
-|---|---|---|---|---|---|---|---|---|---|---|
+| {" | ".join(COLUMNS)} |
+|{"---|" * len(COLUMNS)}
 {lines}
 """
     stem.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -19,8 +19,9 @@ from gemwright.model.unpacked import unpack
 from gemwright.spec import ModelSpec
 from gemwright.weights.quants import PLAIN
 
-# Hopper's tensor cores otherwise add in 14 bits over the whole of a long row; cuBLAS then adds in fp32 in between.
-FAST_SUMS = False
+# Hopper's tensor cores add in 14 bits. Over rows up to this length that loses less than rounding to FP8 did; over
+# longer ones cuBLAS is asked to add in fp32 in between, which is slower.
+FAST_SUMS = 8448
 # Of a group's mean scale: the least one. A row of next to nothing would otherwise make its adapter's part huge.
 LEAST = 1 / 32
 
@@ -75,7 +76,9 @@ def _multiply(
     rows = new_rows(len(x), x.shape[1], 0 if tail is None else tail.shape[1], x)
     own = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     quantise_rows(x, rows, own.view(-1), factor, tail, gain)
-    torch._scaled_mm(rows, weight.t(), own, scale, out_dtype=out.dtype, use_fast_accum=FAST_SUMS, out=out)
+    torch._scaled_mm(
+        rows, weight.t(), own, scale, out_dtype=out.dtype, use_fast_accum=rows.shape[1] <= FAST_SUMS, out=out
+    )
     return out
 
 

@@ -395,7 +395,8 @@ class Linear:
         if not input_gradient:
             return None
         if isinstance(weight, Fp8Weight) and mask is None:
-            return weight.back(dy, dt, F.pad(group.a, (0, 0, 0, dt.shape[1] - width)))
+            a = group.a if dt.shape[1] == width else F.pad(group.a, (0, 0, 0, dt.shape[1] - width))
+            return weight.back(dy, dt, a)
         dx = _back(dy, weight) if both is None else both[:, : x.shape[1]]
         if mask is None:
             return dx.addmm_(dt[:, :width], group.a)
