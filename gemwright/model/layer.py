@@ -173,7 +173,7 @@ class LayerPass:
                 dattended[at] = part
         dattended = needed(dattended)
         if wanted is not None:
-            dattended, dy = _everywhere(dattended, wanted, len(x_ND)), _everywhere(dy, wanted, len(x_ND))
+            dattended, dy = everywhere(dattended, wanted, len(x_ND)), everywhere(dy, wanted, len(x_ND))
         (q, k, v), out = self._qkv_heads(), self._out()
         do = torch.unflatten(dattended, 1, out.shape[1:])
         gradients = self.attention.backward(do, q, k, v, out, self._kept)
@@ -303,6 +303,6 @@ class LayerPass:
             rms_norm_backward(dnormed, x, rstd, norms["attn_norm"], add=dy, out=dy)
 
 
-def _everywhere(gradient: Tensor, wanted: Tensor, rows: int) -> Tensor:
+def everywhere(gradient: Tensor, wanted: Tensor, rows: int) -> Tensor:
     """A gradient of the wanted positions, with zeros at all others."""
     return gradient.new_zeros(rows, gradient.shape[1]).index_copy_(0, wanted, gradient)

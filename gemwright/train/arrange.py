@@ -325,17 +325,11 @@ def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int
     away = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if host]
     here = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if not host]
     waiting = sum(kept_bytes(job, keep) for keep in here) * tokens
-    # The last layer computes labelled positions alone, through copies of their rows.
     last = _Visit(job, plan.keep[-1], micro, chunk)
-    picked = int(micro * job.labelled) * (d + last.out + job.tail("o"))
     states = d * tokens
-    peaks = [
-        2 * (states + last.forward() + picked - micro * d)
-        + waiting
-        - (kept_bytes(job, here[-1]) * micro if here else 0)
-    ]
+    peaks = [2 * (states + last.forward()) + waiting - (kept_bytes(job, here[-1]) * micro if here else 0)]
     peaks.append(waiting + head_peak(job, plan, tokens))
-    peaks.append(waiting + 2 * (states + last.backward() + picked + (picked if job.labelled < 1 else 0)))
+    peaks.append(waiting + 2 * (states + last.backward()))
     if away:
         visit, moved = _Visit(job, away[0], micro, chunk), kept_bytes(job, away[0])
         peaks.append(2 * (states + visit.forward()) + 2 * moved * micro)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from gemwright.errors import InputError, MachineError
+from gemwright.errors import DoesNotFit, InputError
 from gemwright.kernels.dispatch import has_triton
 from gemwright.model.activations import Activations, Offloaded, OnDevice
 from gemwright.model.decoder import Gemma
@@ -75,6 +75,8 @@ class Setup:
         for part in (self.model.residency, self.store):
             if isinstance(part, (StreamedResidency, Offloaded)):
                 part.close()
+        if self.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -251,10 +253,12 @@ def shrink(setup: Setup, config: TrainConfig, file: ModelFile) -> Setup:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     had = plan.predicted_bytes if plan else 0
-    budget = min(int(had * 0.85), free + torch.cuda.memory_reserved(device) - MARGIN_BYTES)
-    if budget <= 0:
-        raise MachineError("other programs took the video memory", fix="Close them, or use a smaller --vram.")
-    return on_gpu(plan_for(config, file, device, budget), config, file, setup.lora, device, dtype)
+    left = free + torch.cuda.memory_reserved(device)
+    try:
+        plan = plan_for(config, file, device, min(int(had * 0.85), left))
+    except DoesNotFit:  # it was the smallest already
+        plan = plan_for(config, file, device, min(had, left))
+    return on_gpu(plan, config, file, setup.lora, device, dtype)
 
 
 class _Gone:

@@ -16,7 +16,7 @@ from gemwright.kernels.cross_entropy import ROWS, linear_cross_entropy
 from gemwright.kernels.dispatch import rms_norm, rms_norm_backward, softmax_chunk
 from gemwright.model.activations import Activations, OnDevice
 from gemwright.model.decoder import Gemma
-from gemwright.model.layer import Keep, LayerPass
+from gemwright.model.layer import Keep, LayerPass, everywhere
 from gemwright.train.batches import Row
 
 
@@ -71,13 +71,14 @@ def forward_backward(
 
     for layer in range(spec.layers):
         weights, whole, above = residency.layer(layer), spec.is_global(layer), []
-        wanted_here = layer == spec.layers - 1
+        last = layer == spec.layers - 1
         visits.append([])
         for r, row in enumerate(rows):
             number = (seed * spec.layers + layer) * len(rows) + r
             visit = LayerPass(spec, layer, row.tables[whole], row.attention[whole], lora, seed=number, chunk=work.chunk)
             x = states[r]
-            above.append(visit.forward(x, weights, row.at if wanted_here else None, work.kept(layer)))
+            wanted = row.at if last and _few(row) else None
+            above.append(visit.forward(x, weights, wanted, work.kept(layer)))
             store.put(layer, r, x, visit)
             visits[layer].append(visit)
             states[r] = above[r]
@@ -87,8 +88,13 @@ def forward_backward(
     store.fetch(spec.layers - 1)
     nll, gradients = torch.zeros((), device=states[0].device), []
     for r, row in enumerate(rows):
-        gradients.append(_head(model, states[r], row.targets, 1.0 / labelled, work, nll))
-        states[r] = gradients[r]
+        if not _few(row):
+            states[r] = above[r] = states[r].index_select(0, row.at)
+        gradient = _head(model, states[r], row.targets, 1.0 / labelled, work, nll)
+        states[r] = above[r] = gradient
+        gradients.append(gradient if _few(row) else everywhere(gradient, row.at, len(row.ids)))
+        states[r] = above[r] = gradients[r]
+        del gradient
     del states, above
 
     for layer in reversed(range(spec.layers)):
@@ -104,6 +110,11 @@ def forward_backward(
         visits[layer] = []
         residency.release(layer)
     return StepLoss(nll, labelled, sum(row.tokens for row in rows))
+
+
+def _few(row: Row) -> bool:
+    """Whether so few positions carry a label that the last layer had better leave the others out."""
+    return 2 * len(row.at) < len(row.ids)
 
 
 def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float, work: Work, nll: Tensor) -> Tensor:
