@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import psutil
 import torch
@@ -187,12 +188,13 @@ def plan_for(
     total = torch.cuda.get_device_properties(device).total_memory
     card = probe(device)
     card = card._replace(link=card.link * link_share)
+    host_free = psutil.virtual_memory().available - file.bytes()
+    keeps = {"always": (Keep.INPUT,), "never": (Keep.PRODUCTS,), "auto": tuple(Keep)[:-1]}[config.recompute]
+    plan = arrange(job_of(config, file), budget, card, host_free, residency=config.residency, keeps=keeps)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-    host_free = psutil.virtual_memory().available - file.bytes()
-    keeps = {"always": (Keep.INPUT,), "never": (Keep.PRODUCTS,), "auto": tuple(Keep)[:-1]}[config.recompute]
-    return arrange(job_of(config, file), budget, card, host_free, residency=config.residency, keeps=keeps)
+    return plan
 
 
 def on_gpu(
@@ -217,6 +219,7 @@ def on_gpu(
     return Setup(Gemma(residency, lora), work, store, device, dtype, plan.joined, plan)
 
 
+@cache
 def probe(device: torch.device) -> Card:
     """Measure, in some hundredths of a second, the card's matrix products and its link."""
     side, block = 4096, 64 * MIB
