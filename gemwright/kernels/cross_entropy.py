@@ -22,8 +22,8 @@ LOG2_E = math.log2(math.e)
 class Running:
     """What a pass over the head carries along for M positions, each fp32 [M, 1].
 
-    `top` highest logit so far, `total` sum of exp(logit - top), `right` the target's logit, `shrink` the factor by which
-    the last chunk's new maximum scales all earlier sums.
+    `top` highest logit so far, `total` sum of exp(logit - top), `right` the target's logit, `shrink` the factor by
+    which the last chunk's new maximum scales all earlier sums.
     """
 
     top: Tensor
