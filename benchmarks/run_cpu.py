@@ -236,9 +236,10 @@ def table(facts: Row, rows: list[Row]) -> str:
         f"Python {facts['python']}, xllamacpp {facts['xllamacpp']}. Model: {facts['model']}. {facts['date']}. "
         f"Load of the machine at the start and end: {facts['load']}.",
         "",
-        f"Decode is {DECODE} tokens after a prompt of 16, prefill a prompt of {PREFILL}, first token one of 24; greedy. "
-        "`engine` and `chat` are in this process, `run` is the command `gemwright run` (of a process: with --json; "
-        "start: until the first byte of its answer). Asked in turn; ratio and difference are of the same round (median, lowest to highest).",
+        f"Decode is {DECODE} tokens after a prompt of 16, prefill a prompt of {PREFILL}, first token one of 24; "
+        "greedy. `engine` and `chat` are in this process, `run` is the command `gemwright run` (of a process: with "
+        "--json; start: until the first byte of its answer). Asked in turn; ratio and difference are of the same "
+        "round (median, lowest to highest).",
         "",
         "| what | way | median | lowest to highest | ratio to bare | difference to bare | n |",
         "|---|---|---|---|---|---|---|",
