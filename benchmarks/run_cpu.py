@@ -126,31 +126,87 @@ def in_process(model: Path, threads: int, repeats: int) -> list[Row]:
 
 
 def cold(model: Path, threads: int, repeats: int) -> list[Row]:
-    """Whole processes: from their start to the first token, and decoding as `gemwright run` reports it."""
-    speeds: dict[str, list[float]] = {"bare": [], "run": []}
+    """Whole processes: from their start to the first token, then decode and prefill as `gemwright run` reports them."""
+    short = [f"The tale of {repeat} friends who went to the sea and" for repeat in range(repeats + 1)]
+    long = [" ".join(str(1000 + (repeat * 7919 + at * 31) % 8999) for at in range(PREFILL)) for repeat in range(3)]
+    with LlamaCpp(model, context=CONTEXT, threads=threads) as engine:
+        ids = {text: [2, *engine.encode(text)] for text in short}
+        for text in long[: repeats + 1]:
+            # A number is five tokens with its space: cut where the prompt has the wanted length.
+            cut = text[: len(text) * PREFILL // len(engine.encode(text))].rpartition(" ")[0]
+            ids[cut] = [2, *engine.encode(cut)]
+    long = [text for text in ids if text not in short]
+    return (
+        compare(
+            "start_to_first_token_s",
+            in_turn(
+                2 * repeats,
+                bare=lambda r: start_bare(model, threads, ids[short[r % len(short)]]),
+                run=lambda r: start_run(model, threads, short[r % len(short)]),
+            ),
+        )
+        + compare(
+            "decode_of_a_process_tokens_per_s",
+            in_turn(
+                repeats,
+                bare=lambda r: ask_bare(model, threads, ids[short[r]], DECODE)["tokens_per_s"],
+                run=lambda r: ask_run(model, threads, short[r], DECODE)["tokens_per_s"],
+            ),
+        )
+        + compare(
+            "prefill_of_a_process_tokens_per_s",
+            in_turn(
+                repeats,
+                bare=lambda r: prefill(ids[long[r % len(long)]], ask_bare(model, threads, ids[long[r % len(long)]], 1)),
+                run=lambda r: prefill(ids[long[r % len(long)]], ask_run(model, threads, long[r % len(long)], 1)),
+            ),
+        )
+    )
 
-    def start_bare(repeat: int) -> float:
-        begin = time.perf_counter()
-        process = Bare(model, threads)
-        row = process.ask(prompts(repeat, 16), DECODE)
-        took = time.perf_counter() - begin - (DECODE - 1) / row["tokens_per_s"]
-        process.close()
-        speeds["bare"].append(row["tokens_per_s"])
-        return took
 
-    def start_run(repeat: int) -> float:
-        words = f"The tale of {repeat} friends who went to the sea and"
-        command = [sys.executable, "-m", "gemwright", "run", words, "--raw", "--model", str(model), "--json"]
-        command += ["--max-tokens", str(DECODE), "--temperature", "0", "--threads", str(threads)]
-        begin = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+def prefill(ids: list[int], row: Row) -> float:
+    assert row.get("prompt_tokens", len(ids)) == len(ids)
+    return len(ids) / float(row["first_token_s"])
+
+
+def ask_bare(model: Path, threads: int, ids: list[int], count: int) -> Row:
+    process = Bare(model, threads)
+    row = process.ask(ids, count)
+    process.close()
+    return row
+
+
+def start_bare(model: Path, threads: int, ids: list[int]) -> float:
+    begin = time.perf_counter()
+    process = Bare(model, threads)
+    process.ask(ids, 1)
+    took = time.perf_counter() - begin
+    process.close()
+    return took
+
+
+def run_command(model: Path, threads: int, text: str, count: int) -> list[str]:
+    command = [sys.executable, "-m", "gemwright", "run", text, "--raw", "--model", str(model)]
+    return [*command, "--max-tokens", str(count), "--temperature", "0", "--threads", str(threads)]
+
+
+def ask_run(model: Path, threads: int, text: str, count: int) -> Row:
+    command = [*run_command(model, threads, text, count), "--json"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    row: Row = json.loads(done.stdout)
+    return row
+
+
+def start_run(model: Path, threads: int, text: str) -> float:
+    """Until the first byte of the answer is on stdout."""
+    begin = time.perf_counter()
+    command = run_command(model, threads, text, 1)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout
+        process.stdout.read(1)
         took = time.perf_counter() - begin
-        row = json.loads(done.stdout)
-        speeds["run"].append(row["tokens_per_s"])
-        return took - (row["completion_tokens"] - 1) / row["tokens_per_s"]
-
-    rows = compare("start_to_first_token_s", in_turn(repeats, bare=start_bare, run=start_run))
-    return rows + compare("decode_of_a_process_tokens_per_s", {name: values[1:] for name, values in speeds.items()})
+        process.stdout.read()
+    return took
 
 
 def help_time(repeats: int) -> Row:
@@ -180,8 +236,10 @@ def table(facts: Row, rows: list[Row]) -> str:
         f"Python {facts['python']}, xllamacpp {facts['xllamacpp']}. Model: {facts['model']}. {facts['date']}. "
         f"Load of the machine at the start and end: {facts['load']}.",
         "",
-        f"Decode is {DECODE} tokens after a prompt of 16, prefill a prompt of {PREFILL}, first token one "
-        "of 24; greedy. Asked in turn; ratio and difference are of the same round (median, lowest to highest).",
+        f"Decode is {DECODE} tokens after a prompt of 16, prefill a prompt of {PREFILL}, first token one of 24; "
+        "greedy. `engine` and `chat` are in this process, `run` is the command `gemwright run` (of a process: with "
+        "--json; start: until the first byte of its answer). Asked in turn; ratio and difference are of the same "
+        "round (median, lowest to highest).",
         "",
         "| what | way | median | lowest to highest | ratio to bare | difference to bare | n |",
         "|---|---|---|---|---|---|---|",

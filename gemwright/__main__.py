@@ -1,16 +1,13 @@
-"""The process around the command line: streams in UTF-8, every error one line, every ending an exit code."""
+"""The process around the command line: streams in UTF-8, every error one line, every ending an exit code.
+
+Nothing heavy is imported before `run` and `chat` have started llama.cpp's process, so that both import side by side.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
-
-import typer
-
-from gemwright.cli import app
-from gemwright.errors import GemwrightError
-from gemwright.report import say
 
 INTERRUPTED = 130
 
@@ -22,19 +19,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr, sys.stdin):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors=None if stream is sys.stdin else "backslashreplace")
-    sys.exit(_run([word for word in words if word != "--debug"] or ["--help"], debug))
+    words = [word for word in words if word != "--debug"] or ["--help"]
+    sys.exit(_run(words, debug))
 
 
 def _run(words: list[str], debug: bool) -> int:
     """The exit code of one verb; whatever it raises ends as one line on stderr (after its traceback with --debug)."""
     try:
-        code = typer.main.get_command(app).main(words, prog_name="gemwright", standalone_mode=False)
+        code = _engine_ahead(words) if _wants_llamacpp(words) else _verb(words)
         sys.stdout.flush()
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
-            say("interrupted")
+            _say("interrupted")
         return code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        say("interrupted")
+    except KeyboardInterrupt:
+        _say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader left: nothing more to say, and nobody to say it to.
@@ -46,11 +44,49 @@ def _run(words: list[str], debug: bool) -> int:
             import traceback
 
             traceback.print_exc()
-        say(line)
+        _say(line)
         return code
 
 
+def _wants_llamacpp(words: list[str]) -> bool:
+    return words[0] in ("run", "chat") and not any(word in ("-h", "--help") or "pytorch" in word for word in words)
+
+
+def _engine_ahead(words: list[str]) -> object:
+    """`_verb` with llama.cpp's process started before anything is imported, and loading before the words are read."""
+    from gemwright.engines.spawn import end_spare, spawn_ahead
+
+    spawn_ahead("gemwright.engines.llamacpp_child")
+    from gemwright.engines.open import close_ahead, open_ahead
+
+    try:
+        open_ahead(words)
+        return _verb(words)
+    finally:
+        close_ahead()
+        end_spare()
+
+
+def _verb(words: list[str]) -> object:
+    import typer
+
+    from gemwright.cli import app
+
+    try:
+        return typer.main.get_command(app).main(words, prog_name="gemwright", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+
+
+def _say(line: str) -> None:
+    from gemwright.report import say
+
+    say(line)
+
+
 def _explain(error: Exception) -> tuple[int, str]:
+    from gemwright.errors import GemwrightError
+
     if isinstance(error, GemwrightError):
         return error.exit_code, f"error: {error}"
     if hasattr(error, "format_message"):  # typer's own usage errors

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
+
+from gemwright.engines.spawn import spawn
 
 Message = dict[str, Any]
 Answers = Iterator[Message]
 LOADING = 0
-_PACKAGE_PARENT = Path(__file__).parents[2]
 _LAST_LINES = 40
 
 
@@ -30,33 +28,29 @@ class ChildError(Exception):
 
 
 class ChildProcess:
-    """`python -m module` fed with `order`; requests run side by side, each with its own stream of answers."""
+    """`python -m module`, idle until its load order; requests run side by side, each with its own stream of answers."""
 
-    def __init__(self, module: str, order: Message) -> None:
+    def __init__(self, module: str) -> None:
         self._answers: dict[int, queue.SimpleQueue[Message]] = {LOADING: queue.SimpleQueue()}
         self._tail: deque[str] = deque(maxlen=_LAST_LINES)
         self._lock = threading.Lock()
         self._next = 1
         self._ended = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-X", "utf8", "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=_environment(),
-            **_own_group(),
-        )
+        self._process = spawn(module)
         assert self._process.stdout and self._process.stderr
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
         self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
         self._listener.start()
         self._reader.start()
-        self._send(order)
 
     @property
     def pid(self) -> int:
         """The child's process id."""
         return self._process.pid
+
+    def begin_to_load(self, order: Message) -> None:
+        """Give the load order; once."""
+        self._send(order)
 
     def wait_loaded(self) -> None:
         """Return when the child has loaded; ChildError where it refused or ended."""
@@ -173,17 +167,3 @@ class ChildProcess:
             if " E " in line:
                 return line.partition(" E ")[2].removeprefix("llama_model_load: error loading model: ").strip()
         return otherwise
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with the package importable and llama.cpp's debugger-on-crash switched off."""
-    parts = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(part for part in parts if part)
-    return os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
-
-
-def _own_group() -> dict[str, Any]:
-    """Keep a Ctrl-C in the terminal from the child: the parent decides what it stops."""
-    if os.name == "nt":
-        return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
-    return {"start_new_session": True}

@@ -16,7 +16,7 @@ from gemwright.engines.child_process import Answers, ChildError, ChildProcess, M
 from gemwright.engines.header import read_header
 from gemwright.engines.protocol import Generation, Sampling
 from gemwright.errors import InputError, MachineError
-from gemwright.spec import ModelSpec, spec_from_gguf
+from gemwright.spec import EOS, ModelSpec, spec_from_gguf
 
 CHILD = "gemwright.engines.llamacpp_child"
 # Up to here window layers keep the whole context too, so that a cached prefix is never computed again.
@@ -28,7 +28,7 @@ class LlamaCpp:
 
     `context` tokens are kept for each of `parallel` requests side by side; an adapter is named by any path that
     `gemwright.engines.adapters` knows. Raises InputError where llama.cpp refuses the file, MachineError where the
-    child cannot run.
+    child cannot run; without `wait` only `wait_loaded` does, and must come before anything else.
     """
 
     name = "llamacpp"
@@ -41,6 +41,7 @@ class LlamaCpp:
         context: int = 4096,
         parallel: int = 1,
         threads: int | None = None,
+        wait: bool = True,
     ) -> None:
         self.spec = _check_model(model)
         self.model, self.parallel = model, parallel
@@ -52,8 +53,22 @@ class LlamaCpp:
         try:
             if adapter is not None:
                 self._found[adapter] = self._find(adapter)
-            self._child = self._start()
+            self._child = self._begin()
         except BaseException:
+            self._tidy()
+            raise
+        if wait:
+            self.wait_loaded()
+
+    def wait_loaded(self) -> None:
+        """Return when the model is loaded; where it cannot be, this ends and raises as the constructor."""
+        try:
+            self._child.wait_loaded()
+        except ChildError as error:
+            self.close()
+            raise self._load_error(error) from None
+        except BaseException:
+            self._child.close(grace_s=0)
             self._tidy()
             raise
 
@@ -133,7 +148,8 @@ class LlamaCpp:
             self._child.close()
             self._found[path] = found
             try:
-                self._child = self._start()
+                self._child = self._begin()
+                self.wait_loaded()
             except BaseException:
                 del self._found[path]
                 raise
@@ -160,6 +176,7 @@ class LlamaCpp:
             "parallel": self.parallel,
             "threads": self._threads,
             "whole_cache": self._cache_bytes() <= WHOLE_CACHE_BYTES,
+            "eos": EOS,
         }
 
     def _find(self, adapter: Path) -> Path:
@@ -177,17 +194,10 @@ class LlamaCpp:
         spec = self.spec
         return 4 * spec.layers * spec.kv_heads * spec.head_dim * self._context * self.parallel
 
-    def _start(self) -> ChildProcess:
-        """A child with the model loaded."""
-        child = ChildProcess(CHILD, self._order())
-        try:
-            child.wait_loaded()
-        except ChildError as error:
-            child.close()
-            raise self._load_error(error) from None
-        except BaseException:
-            child.close(grace_s=0)
-            raise
+    def _begin(self) -> ChildProcess:
+        """A child that has begun to load the model."""
+        child = ChildProcess(CHILD)
+        child.begin_to_load(self._order())
         return child
 
     def _load_error(self, error: ChildError) -> InputError | MachineError:

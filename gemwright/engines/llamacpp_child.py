@@ -1,20 +1,17 @@
 """The child process that holds llama.cpp: JSON lines in on stdin, JSON lines out on stdout, ends with its parent.
 
 First line in: the load order. Then requests, each with an "id"; answers carry the same id. Imports stay few, because
-every one delays the first token. Nothing here listens on a network port where the system has Unix sockets.
+every one delays the first token, and are made before the order comes. Nothing here listens on a network port where the
+system has Unix sockets.
 """
 
+import contextlib
 import json
 import os
-import secrets
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 from typing import Any, BinaryIO
-
-from gemwright.spec import EOS
 
 Message = dict[str, Any]
 
@@ -26,8 +23,8 @@ class Door:
     """
 
     def __init__(self) -> None:
-        self.key = secrets.token_hex(32)
-        self.folder = tempfile.mkdtemp(prefix="gemwright-") if hasattr(socket, "AF_UNIX") else None
+        self.key = os.urandom(32).hex()
+        self.folder = private_folder() if hasattr(socket, "AF_UNIX") else None
         path = os.path.join(self.folder, "s.sock") if self.folder else ""
         self.host = path if path and len(path) < 100 else "127.0.0.1"
 
@@ -53,13 +50,24 @@ class Door:
 
     def close(self) -> None:
         if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.unlink(self.host)
+            with contextlib.suppress(OSError):
+                os.rmdir(self.folder)
 
 
-def load(order: Message, door: Door) -> Any:
+def private_folder() -> str | None:
+    """A new folder that only this user may enter; `tempfile` would take five milliseconds to import."""
+    for place in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):
+        path = os.path.join(place or "/tmp", f"gemwright-{os.urandom(8).hex()}")
+        with contextlib.suppress(OSError):
+            os.mkdir(path, 0o700)
+            return path
+    return None
+
+
+def load(xllamacpp: Any, order: Message, door: Door) -> Any:
     """The llama.cpp server for `order`; it raises RuntimeError where llama.cpp refuses."""
-    import xllamacpp
-
     params = xllamacpp.CommonParams()
     params.model.path = order["model"]
     params.n_parallel = order["parallel"]
@@ -77,8 +85,8 @@ def load(order: Message, door: Door) -> Any:
 class Child:
     """Answers requests over one loaded server; `parallel` of them run side by side."""
 
-    def __init__(self, server: Any, door: Door, out: BinaryIO, parallel: int) -> None:
-        self.server, self.door, self.out, self.parallel = server, door, out, parallel
+    def __init__(self, server: Any, door: Door, out: BinaryIO, parallel: int, eos: int) -> None:
+        self.server, self.door, self.out, self.parallel, self.eos = server, door, out, parallel, eos
         self.writing = threading.Lock()
         self.slots = threading.Semaphore(parallel)
         self.cancelled: set[int] = set()
@@ -180,7 +188,7 @@ class Child:
     def listed(self, ask: Message, token: int) -> Message:
         """As `forced`, among the likeliest: the server gives no probabilities of a byte that is part of a character."""
         for count in (1000, 1 << 19):  # the whole vocabulary takes seconds, and is hardly ever needed
-            answer = self.server.handle_completions(ask | {"logit_bias": [[EOS, 1e6]], "n_probs": count})
+            answer = self.server.handle_completions(ask | {"logit_bias": [[self.eos, 1e6]], "n_probs": count})
             if "choices" not in answer:
                 return refusal(answer)
             for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
@@ -200,16 +208,17 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     lines = sys.stdin.buffer
-    order = json.loads(lines.readline() or b"null")
-    if order is None:
-        return
     door = Door()
     try:
-        server = load(order, door)
-        child = Child(server, door, out, order["parallel"])
-        child.say({"id": 0, "ready": True})
-        for line in lines:
-            child.start(json.loads(line))
+        import xllamacpp
+
+        order = json.loads(lines.readline() or b"null")
+        if order is not None:
+            server = load(xllamacpp, order, door)
+            child = Child(server, door, out, order["parallel"], order["eos"])
+            child.say({"id": 0, "ready": True})
+            for line in lines:
+                child.start(json.loads(line))
     except Exception as error:
         kind = "import" if isinstance(error, ImportError) else "load"
         out.write(json.dumps({"id": 0, "error": str(error), "kind": kind}).encode() + b"\n")

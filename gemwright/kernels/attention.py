@@ -9,28 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+Span = tuple[int, int, int, int]  # first and last (exclusive) row of the queries, then of the keys
 QUERY_BLOCK = 256
 # Pieces are rounded up to few shapes: the CPU library compiles each new shape of a product, for milliseconds.
 LENGTH_STEP, COUNT_STEP = 16, 4
+# What a further block costs, in tokens of filling: up to here shorter documents join the next longer ones.
+JOIN_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Block:
-    """`count` independent pieces of `queries` x `keys`; indices are rows of the packed tensors."""
+    """`count` independent pieces of `queries` x `keys`; indices are rows of the packed tensors.
+
+    What fills a piece up repeats rows of its own; `query_homes` sends the results of such queries to a row beyond the
+    last, and `padded` (bool [count, 1, queries, 1], None where nothing is) tells which they are.
+    """
 
     count: int
     queries: int
     keys: int
     query_rows: Tensor
+    query_homes: Tensor
     key_rows: Tensor
     bias: Tensor
-    real_queries: Tensor
-    real_keys: Tensor
-    padded_queries: Tensor
+    padded: Tensor | None
 
 
 def plan_blocks(lengths: Sequence[int], window: int | None, device: torch.device | None = None) -> list[Block]:
@@ -38,27 +45,26 @@ def plan_blocks(lengths: Sequence[int], window: int | None, device: torch.device
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    spans: list[list[tuple[int, int, int, int]]] = []
+    spans: list[list[Span]] = []
     short = sorted((length, start) for start, length in zip(starts, lengths, strict=False) if length <= QUERY_BLOCK)
-    for length, start in short:
-        group = spans[-1] if spans else []
-        if not group or _rounded(length, LENGTH_STEP) != _rounded(group[0][1] - group[0][0], LENGTH_STEP):
-            spans.append([])
-        spans[-1].append((start, start + length, start, start + length))
+    for length, documents in groupby(short, lambda document: _rounded(document[0], LENGTH_STEP)):
+        group = [(start, start + own, start, start + own) for own, start in documents]
+        filling = sum(length - _rounded(b - a, LENGTH_STEP) for a, b, _, _ in spans[-1]) if spans else 0
+        spans[-1:] = [spans[-1] + group] if spans and filling <= JOIN_TOKENS else [*spans[-1:], group]
     for start, length in zip(starts, lengths, strict=False):
         if length > QUERY_BLOCK:
             for first in range(start, start + length, QUERY_BLOCK):
                 oldest = start if window is None else max(start, first - window + 1)
                 last = min(first + QUERY_BLOCK, start + length)
                 spans.append([(first, last, oldest, last)])
-    return [_block(group, window, device) for group in spans]
+    return [_block(group, window, starts[-1], device) for group in spans]
 
 
 def _rounded(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _block(spans: list[tuple[int, int, int, int]], window: int | None, device: torch.device | None) -> Block:
+def _block(spans: list[Span], window: int | None, tokens: int, device: torch.device | None) -> Block:
     queries = _rounded(max(b - a for a, b, _, _ in spans), LENGTH_STEP)
     keys = _rounded(max(d - c for _, _, c, d in spans), LENGTH_STEP)
     count = len(spans) if len(spans) == 1 else _rounded(len(spans), COUNT_STEP)
@@ -71,38 +77,42 @@ def _block(spans: list[tuple[int, int, int, int]], window: int | None, device: t
         seen &= q[:, :, None] - k[:, None, :] < window
     seen |= ~real_q[:, :, None]  # a padded query attends anywhere, so that its softmax stays finite; it is dropped
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    homes = q.masked_fill(~real_q, tokens)
     q, k = (torch.minimum(rows, last - 1).clamp_(min=0) for rows, last in ((q, at[:, 1:2]), (k, at[:, 3:4])))
-    places = (real.flatten().nonzero()[:, 0] for real in (real_q, real_k, ~real_q))
-    parts = (q.flatten(), k.flatten(), bias, *places)
-    return Block(count, queries, keys, *(part.to(device) for part in parts))
+    q, homes, k, bias = (part.to(device) for part in (q.flatten(), homes.flatten(), k.flatten(), bias))
+    padded = None if real_q.all() else ~real_q[:, None, :, None].to(device)
+    return Block(count, queries, keys, q, homes, k, bias, padded)
 
 
-def _heads(x: Tensor, rows: Tensor, count: int, length: int, kv_heads: int, zero: Tensor | None = None) -> Tensor:
-    """Gather `rows` of x [N, H, D] into [count * kv_heads, groups * length, D], those at `zero` as zeros."""
-    heads, width = x.shape[1:]
-    groups = heads // kv_heads
-    picked = x.index_select(0, rows)
-    if zero is not None and len(zero):
-        picked.index_fill_(0, zero, 0)
-    return (
-        picked.view(count, length, kv_heads, groups, width)
-        .permute(0, 2, 3, 1, 4)
-        .reshape(count * kv_heads, groups * length, width)
-    )
+def _places(rows: Tensor, count: int, heads: int) -> Tensor:
+    """Where the heads of packed `rows` [count * length] lie in x [N * H, D], in the order [count, H, length]."""
+    every = torch.arange(heads, device=rows.device)
+    return (rows.view(count, 1, -1) * heads + every[:, None]).flatten()
 
 
-def _spread(out: Tensor, piece: Tensor, rows: Tensor, real: Tensor, count: int, length: int, *, add: bool) -> None:
-    """The reverse of `_heads`: put (or add) the real rows of `piece` back into out [N, H, D]."""
-    heads, width = out.shape[1:]
-    kv_heads = piece.shape[0] // count
-    flat = piece.view(count, kv_heads, heads // kv_heads, length, width).permute(0, 3, 1, 2, 4)
-    flat = flat.reshape(count * length, heads, width)
-    if real.shape[0] != flat.shape[0]:
-        flat, rows = flat.index_select(0, real), rows.index_select(0, real)
-    if add:
-        out.index_add_(0, rows, flat.to(out.dtype))
-    else:
-        out.index_copy_(0, rows, flat.to(out.dtype))
+def _heads(x: Tensor, rows: Tensor, count: int, kv_heads: int) -> Tensor:
+    """Gather `rows` of x [N, H, D] into [count * kv_heads, groups * length, D]."""
+    picked = x.reshape(-1, x.shape[2]).index_select(0, _places(rows, count, x.shape[1]))
+    return picked.view(count * kv_heads, -1, x.shape[2])
+
+
+def _back_home(pieces: Sequence[Tensor], blocks: Sequence[Block], like: Tensor) -> Tensor:
+    """The reverse of `_heads`: the blocks' `pieces` as one tensor of `like`'s shape [N, H, D].
+
+    A gather by the places turned round; writing to scattered rows takes six times as long on a CPU.
+    """
+    tokens, heads, width = like.shape
+    found = torch.cat([piece.view(-1, width) for piece in pieces])
+    homes = torch.cat([_places(b.query_homes, b.count, heads) for b in blocks])
+    order = homes.new_zeros((tokens + 1) * heads)
+    order.index_copy_(0, homes, torch.arange(len(homes), device=homes.device))
+    return found.index_select(0, order[: tokens * heads]).view(like.shape)
+
+
+def _add(out: Tensor, piece: Tensor, rows: Tensor, count: int) -> None:
+    """Add `piece` to out [N, H, D] fp32."""
+    width = out.shape[2]
+    out.view(-1, width).index_add_(0, _places(rows, count, out.shape[1]), piece.view(-1, width).to(out.dtype))
 
 
 def _probabilities(q: Tensor, k: Tensor, block: Block) -> Tensor:
@@ -114,34 +124,29 @@ def _probabilities(q: Tensor, k: Tensor, block: Block) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> Tensor:
     """Softmax(q k^T + mask) v for every block; softmax in fp32."""
-    out = torch.empty_like(q)
-    kv_heads = k.shape[1]
+    kv_heads, pieces = k.shape[1], []
     for b in blocks:
-        p = _probabilities(
-            _heads(q, b.query_rows, b.count, b.queries, kv_heads), _heads(k, b.key_rows, b.count, b.keys, kv_heads), b
-        )
-        piece = torch.bmm(p, _heads(v, b.key_rows, b.count, b.keys, kv_heads))
-        _spread(out, piece, b.query_rows, b.real_queries, b.count, b.queries, add=False)
-    return out
+        p = _probabilities(_heads(q, b.query_rows, b.count, kv_heads), _heads(k, b.key_rows, b.count, kv_heads), b)
+        pieces.append(torch.bmm(p, _heads(v, b.key_rows, b.count, kv_heads)))
+    return _back_home(pieces, blocks, q)
 
 
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq in q's dtype; dk, dv in fp32); probabilities are computed again, never kept."""
-    dq = torch.empty_like(q)
-    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    kv_heads = k.shape[1]
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    kv_heads, pieces = k.shape[1], []
     for b in blocks:
-        q_b = _heads(q, b.query_rows, b.count, b.queries, kv_heads)
-        # A padded query repeats a real one; without a gradient of its own it adds nothing to dk and dv.
-        do_b = _heads(do, b.query_rows, b.count, b.queries, kv_heads, b.padded_queries)
-        k_b, v_b = (_heads(x, b.key_rows, b.count, b.keys, kv_heads) for x in (k, v))
+        q_b, do_b = (_heads(x, b.query_rows, b.count, kv_heads) for x in (q, do))
+        k_b, v_b = (_heads(x, b.key_rows, b.count, kv_heads) for x in (k, v))
         p = _probabilities(q_b, k_b, b)
+        if b.padded is not None:  # they repeat real ones: with no weight they add nothing to dk and dv
+            p.view(b.count, -1, b.queries, b.keys).masked_fill_(b.padded, 0)
         dp = torch.bmm(do_b, v_b.transpose(1, 2)).float()
         dp.sub_(torch.mul(dp, p).sum(-1, keepdim=True)).mul_(p)
         ds = dp.to(q.dtype)
-        _spread(dq, torch.bmm(ds, k_b), b.query_rows, b.real_queries, b.count, b.queries, add=False)
-        _spread(dk, torch.bmm(ds.transpose(1, 2), q_b), b.key_rows, b.real_keys, b.count, b.keys, add=True)
-        _spread(dv, torch.bmm(p.transpose(1, 2), do_b), b.key_rows, b.real_keys, b.count, b.keys, add=True)
-    return dq, dk, dv
+        pieces.append(torch.bmm(ds, k_b))
+        _add(dk, torch.bmm(ds.transpose(1, 2), q_b), b.key_rows, b.count)
+        _add(dv, torch.bmm(p.transpose(1, 2), do_b), b.key_rows, b.count)
+    return _back_home(pieces, blocks, q), dk, dv

@@ -49,7 +49,8 @@ def softmax_chunk(logits: Tensor, target: Tensor, start: int, running: Running) 
     picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)).float()
     running.right.copy_(torch.where(here, picked, running.right))
     torch.exp(running.top - highest, out=running.shrink)
-    weight = torch.sub(logits, highest).mul_(LOG2_E).exp2_()  # a third of the time of exp_ on a CPU
+    # exp2 takes a third of the time of exp on a CPU, and a conversion of its own less than a sum of two dtypes.
+    weight = logits.to(torch.float32, copy=True).sub_(highest).mul_(LOG2_E).exp2_()
     running.total.mul_(running.shrink).add_(weight.sum(-1, keepdim=True))
     running.top.copy_(highest)
     logits.copy_(weight)

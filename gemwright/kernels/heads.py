@@ -11,6 +11,8 @@ from gemwright.kernels.norm import rms_norm_backward, scaled_and_rstd
 from gemwright.kernels.rope import rope, rope_backward
 
 Table = tuple[Tensor, Tensor]
+# Values at once: temporaries stay in the CPU's second-level cache.
+_CPU_VALUES = 1 << 19
 
 
 def split_heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,9 +47,12 @@ def norm_rope_backward(
 ) -> Tensor:
     """Write the gradient of qkv into `out` [N, (H + 2K) E]; dq [N, H, E], dk and dv [N, K, E] of any float dtype."""
     heads, kv_heads = dq.shape[1], dk.shape[1]
-    q_raw, k_raw, _ = split_heads(qkv, heads, kv_heads)
-    dq_raw, dk_raw, dv_raw = split_heads(out, heads, kv_heads)
-    dq_raw.copy_(rms_norm_backward(rope_backward(dq, table), q_raw, rstd[0], q_weight))
-    dk_raw.copy_(rms_norm_backward(rope_backward(dk, table), k_raw, rstd[1], k_weight))
-    dv_raw.copy_(dv)
+    raw, target = split_heads(qkv, heads, kv_heads), split_heads(out, heads, kv_heads)
+    sides = ((dq, raw[0], rstd[0], q_weight, target[0]), (dk, raw[1], rstd[1], k_weight, target[1]))
+    step = dq.shape[0] if dq.is_cuda else max(1, _CPU_VALUES // dq[0].numel())
+    for rows in (slice(at, at + step) for at in range(0, dq.shape[0], step)):
+        turned = (table[0][rows], table[1][rows])
+        for dy, x, scale, weight, dx in sides:
+            rms_norm_backward(rope_backward(dy[rows], turned), x[rows], scale[rows], weight, out=dx[rows])
+    target[2].copy_(dv)
     return out

@@ -22,11 +22,15 @@ def rope_table(positions: Tensor, head_dim: int, base: float, scale: float) -> t
 def rope(x: Tensor, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """Rotate x into a new tensor of `dtype`."""
     cos, sin = table
-    low, high = x.chunk(2, dim=-1)
-    out = torch.empty_like(x, dtype=dtype)
-    half = x.shape[-1] // 2
-    out[..., :half] = torch.mul(low, cos).addcmul_(high.float(), sin, value=-1)
-    out[..., half:] = torch.mul(high, cos).addcmul_(low.float(), sin)
+    low, high = x.float().chunk(2, dim=-1)  # one conversion: PyTorch's products of two dtypes are slow
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    out_low, out_high = out.chunk(2, dim=-1)
+    if dtype == torch.float32:
+        torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
+        torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+    else:
+        out_low.copy_(torch.mul(low, cos).addcmul_(high, sin, value=-1))
+        out_high.copy_(torch.mul(high, cos).addcmul_(low, sin))
     return out
 
 

@@ -29,7 +29,7 @@ def activation_bytes(spec: ModelSpec, tokens: int, itemsize: int) -> int:
     """What the backward of all layers keeps of `tokens` tokens when nothing is recomputed."""
     joint = sum(spec.linear_shapes[part][0] for part in ("q", "k", "v"))
     heads = (2 * spec.heads + spec.kv_heads) * spec.head_dim
-    return spec.layers * tokens * itemsize * (6 * spec.hidden + joint + heads + 4 * spec.mlp)
+    return spec.layers * tokens * itemsize * (7 * spec.hidden + joint + heads + 5 * spec.mlp)
 
 
 def spare_bytes() -> int:

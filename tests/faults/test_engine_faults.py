@@ -128,7 +128,7 @@ def test_close_ends_a_busy_child_soon(tiny_model: Path) -> None:
 
 
 def test_a_child_that_cannot_start_is_told() -> None:
-    child = ChildProcess("gemwright.no_such_module", {})
+    child = ChildProcess("gemwright.no_such_module")
     with pytest.raises(ChildError, match="No module named"):
         child.wait_loaded()
     child.close()

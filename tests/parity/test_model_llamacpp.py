@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import RoundingResidency, ShakenPlain, ShakenRounding
 
 from gemwright.data.read import read_examples
+from gemwright.engines.llamacpp import LlamaCpp
 from gemwright.model.decoder import Gemma
+from gemwright.model.residency import UnpackedResidency
 from gemwright.spec import BOS, END_OF_TURN, EOS
 from gemwright.text.tokenizer import Tokenizer
 from gemwright.weights.gguf_reader import open_gguf
@@ -127,3 +131,57 @@ def test_greedy_tokens_of_twenty_prompts_with_unpacked_weights(
 ) -> None:
     parted = compare(as_fp32(open_model(real_model), real_model, tmp_path / "fp32.gguf"), prompts)
     assert len(parted) <= 1 and all(margin < 0.05 for _, margin in parted)
+
+
+def first_layer(file: ModelFile, source: Path, path: Path) -> ModelFile:
+    """The model cut down to its first layer, the packed bytes as they are; also written to `path`."""
+    kept = {name: stored for name, stored in file.tensors.items() if not name[0].isdigit() or name.startswith("0.")}
+    cut = dataclasses.replace(file, spec=dataclasses.replace(file.spec, layers=1), tensors=kept)
+    pieces = [Piece.of(name, stored) for name, stored in kept.items()]
+    write_gguf_model(path, cut.spec, pieces, tokenizer_from=open_gguf(source), is_random=True)
+    return cut
+
+
+def test_rounding_as_llama_cpp_does_gives_its_values(
+    real_model: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """One layer and one token after BOS, before rounding can feed on itself: the same rounding, the same values."""
+    file = first_layer(open_model(real_model), real_model, tmp_path / "cut.gguf")
+    pairs = [[BOS, token] for token in prompts[0][1:33]]
+    with LlamaCpp(tmp_path / "cut.gguf", context=64, threads=1) as engine:
+        theirs = torch.tensor([engine.score(pair)[0] for pair in pairs])
+
+    def error(ours: Gemma) -> float:
+        found = torch.cat([ours.logits(pair).log_softmax(1)[0, pair[1:]] for pair in pairs])
+        return float((found - theirs).square().mean().sqrt())
+
+    plain, rounded = error(Gemma.load(file, torch.float32)), error(Gemma(RoundingResidency(file)))
+    print(f"rms difference to llama.cpp: {plain:.4f} without its rounding, {rounded:.4f} with it")
+    assert rounded < 0.1 * plain
+
+
+@pytest.mark.slow
+def test_rounding_makes_near_choices_a_matter_of_the_last_bit(real_model: Path, prompts: list[list[int]]) -> None:
+    """A millionth on the embeddings moves no choice in fp32; with activations rounded it moves as many as rounding."""
+    file = open_model(real_model)
+    with llamacpp(real_model) as greedy:
+        texts = [(prompt, greedy(prompt)) for prompt in prompts]
+
+    @torch.inference_mode()
+    def choices(residency: UnpackedResidency) -> list[list[int]]:
+        ours = Gemma(residency)
+        return [ours.logits([*prompt, *new])[len(prompt) - 1 : -1].argmax(1).tolist() for prompt, new in texts]
+
+    plain, rounded = choices(UnpackedResidency(file, torch.float32)), choices(RoundingResidency(file))
+    shaken_plain, shaken = choices(ShakenPlain(file, torch.float32)), choices(ShakenRounding(file))
+
+    def same(a: list[list[int]], b: list[list[int]]) -> int:
+        return sum(x == y for x, y in zip(a, b, strict=True))
+
+    print(
+        f"prompts of {len(prompts)} with all choices the same: fp32 and shaken fp32 {same(plain, shaken_plain)}, "
+        f"rounded and shaken rounded {same(rounded, shaken)}, fp32 and rounded {same(plain, rounded)}, "
+        f"llama.cpp and fp32 {same(plain, [new for _, new in texts])}, "
+        f"llama.cpp and rounded {same(rounded, [new for _, new in texts])}"
+    )
+    assert same(plain, shaken_plain) == len(prompts) > same(rounded, shaken)
