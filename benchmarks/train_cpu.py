@@ -3,8 +3,9 @@
     python benchmarks/train_cpu.py                      # ours and the peer, each in bf16 and fp32
     python benchmarks/train_cpu.py --rounds 1 --steps 2 # a quick look
 
-Each contestant is a process of its own with the same documents in the same order; they take turns, one round each, so
-that a noisy machine is noisy for all. The peer gets rows of 256 tokens with documents end to end (no padding to speak
+Each contestant is a process of its own with the same documents in the same order. In one precision at a time they
+take turns, so that a noisy machine is noisy for all; a step before each turn is not counted, since
+a process that waited has lost its caches, and a busy machine may have taken its memory. The peer gets rows of 256 tokens with documents end to end (no padding to speak
 of, and no mask between documents, which is in its favour). Tokens are counted without padding.
 """
 
@@ -191,7 +192,15 @@ def main() -> None:
         worker(options.worker, model, options.threads)
         return
     command = [sys.executable, __file__, "--model", str(model), "--threads", str(options.threads), "--worker"]
-    names = (*OURS, *PEERS, *LIMITS)
+    rows: list[dict] = []
+    for together in zip(OURS, PEERS, LIMITS, strict=True):
+        rows += duel(together, command, options)
+    rows.append(summary(rows, options))
+    write(rows, options)
+
+
+def duel(names: tuple[str, ...], command: list[str], options: argparse.Namespace) -> list[dict]:
+    """The rows of contestants that take turns."""
     children = {
         name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name in names
@@ -208,14 +217,14 @@ def main() -> None:
         ask(name, 1)  # loading and warm-up
     for turn in range(options.rounds):
         for name in names:
+            ask(name, 1)
             row = {"contestant": name, "round": turn} | ask(name, options.steps)
             rows.append(row | {"tokens_per_s": row["tokens"] / row["s"]})
             print(f"round {turn + 1} {name:24} {rows[-1]['tokens_per_s']:8.1f} tokens/s", file=sys.stderr)
     for child in children.values():
         child.stdin.close()
         child.wait()
-    rows.append(summary(rows, options))
-    write(rows, options)
+    return rows
 
 
 def of(rows: list[dict], name: str, key: str) -> list[float]:

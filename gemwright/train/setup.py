@@ -146,6 +146,8 @@ def set_up(config: TrainConfig, file: ModelFile, device: torch.device, dtype: to
     if device.type == "cpu":
         return _on_cpu(config, file, new_lora(config, file, device, dtype), dtype)
     plan = plan_for(config, file, device)
+    if config.compute == "fp8":
+        say("fp8 is an experiment: compare its loss with that of --compute bf16 before relying on it")
     say(f"{torch.cuda.get_device_name(device)}: {described(plan, file.spec.layers)}")
     for line in itemised(plan, budget_bytes(config.vram, device)):
         say(line)
