@@ -28,9 +28,9 @@ from torch import Tensor
 from gemwright.kernels.dispatch import join_tail, quantise_rows, turn
 from gemwright.kernels.fp8 import new_rows
 from gemwright.kernels.triton_unpack import FORMATS
+from gemwright.layout import GROUPS, group_sizes
 from gemwright.model import fp8
-from gemwright.model.fp8 import Fp8Scratch, Fp8Weight, group_sizes
-from gemwright.model.residency import GROUPS
+from gemwright.model.fp8 import Fp8Scratch, Fp8Weight
 from gemwright.model.unpacked import unpack
 from gemwright.spec import SPECS
 

@@ -3,10 +3,10 @@
     python benchmarks/train_cpu.py                      # ours and the peer, each in bf16 and fp32
     python benchmarks/train_cpu.py --rounds 1 --steps 2 # a quick look
 
-Each contestant is a process of its own with the same documents in the same order. In one precision at a time they
-take turns, so that a noisy machine is noisy for all; a step before each turn is not counted, since
-a process that waited has lost its caches, and a busy machine may have taken its memory. The peer gets rows of 256 tokens with documents end to end (no padding to speak
-of, and no mask between documents, which is in its favour). Tokens are counted without padding.
+Each contestant is a process of its own with the same documents in the same order. In one precision at a time they take
+turns, so that a noisy machine is noisy for all; a step before each turn is not counted, since a process that waited has
+lost its caches, and a busy machine may have taken its memory. The peer gets rows of 256 tokens with documents end to
+end (no padding to speak of, and no mask between documents, which is in its favour). Tokens are counted without padding.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def limit_s(case: Case) -> tuple[float, float]:
     import torch
 
     from gemwright.kernels.attend import plan
-    from gemwright.model.residency import GROUPS
+    from gemwright.layout import GROUPS
     from gemwright.spec import SPECS
 
     spec, device, bf16 = SPECS[case.size], torch.device("cuda"), torch.bfloat16
@@ -257,7 +257,7 @@ def run(case: Case, folder: Path, steps: int, limit: tuple[float, float], aside_
 
 def products_of(spec, plan, tokens: int) -> float:
     """FLOPs of the products that a step really runs."""
-    from gemwright.model.layer import Keep
+    from gemwright.layout import Keep
 
     weights = {part: rows * cols for part, (rows, cols) in spec.linear_shapes.items()}
     whole = sum(weights.values())

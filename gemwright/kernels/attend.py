@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from gemwright.kernels.attention import Block, attention, attention_backward, plan_blocks
+from gemwright.layout import LONG
 
 Kept = tuple[Tensor, ...]
-# Tokens from which on memory counts more than launches.
-LONG = 16_384
 
 
 class Attention(Protocol):

@@ -10,22 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemwright.layout import rows_bytes, tail_columns
+
 FP8 = torch.float8_e4m3fn
 TOP = 448.0  # the largest e4m3
 TINY = 1e-30  # of a row's largest value; far below any gradient, far above what fp32 cannot invert
 # Where b's largest part lies, so that t is small beside x. Of a b too small for this gain nothing is seen anyway.
 AIM, MOST = 128.0, 4096.0
-PITCH = 128  # bytes; rows begin at whole lines of the cache
-
-
-def tail_columns(width: int) -> int:
-    """Columns that an adapter of T = `width` takes behind a row: three parts, filled up to 16 as products need."""
-    return -(-3 * width // 16) * 16
-
-
-def rows_bytes(rows: int, width: int, tail: int) -> int:
-    """Bytes of `new_rows`."""
-    return rows * (-(-(width + tail_columns(tail)) // PITCH) * PITCH)
 
 
 def new_rows(rows: int, width: int, tail: int, like: Tensor, flat: Tensor | None = None) -> Tensor:

@@ -13,8 +13,9 @@ from gemwright.kernels.cross_entropy import linear_cross_entropy
 from gemwright.kernels.dispatch import rms_norm
 from gemwright.kernels.heads import Table
 from gemwright.kernels.rope import rope_table
+from gemwright.layout import Keep
 from gemwright.model.cache import KVCache
-from gemwright.model.layer import Keep, LayerPass
+from gemwright.model.layer import LayerPass
 from gemwright.model.lora import LoRA, lora_from_pairs
 from gemwright.model.precision import choose_dtype
 from gemwright.model.residency import Residency, UnpackedResidency

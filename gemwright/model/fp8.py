@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gemwright.kernels.dispatch import join_tail, quantise_rows, turn
-from gemwright.kernels.fp8 import TINY, new_rows, rows_bytes
-from gemwright.model.residency import GROUPS
+from gemwright.kernels.fp8 import TINY, new_rows
+from gemwright.layout import GROUPS, group_sizes, rows_bytes
 from gemwright.model.unpacked import unpack
 from gemwright.spec import ModelSpec
 from gemwright.weights.quants import PLAIN
@@ -124,23 +124,3 @@ class Fp8Scratch:
     def weights(self, layer: int) -> dict[str, Fp8Weight]:
         """The matrices of the layer that was filled in last, for one visit: adapters are taken up anew."""
         return {g: Fp8Weight(self._normal[g], self._turned[g], self._scales[layer, g], self._ones) for g in GROUPS}
-
-
-def group_sizes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of each group's matrix."""
-    shapes = spec.linear_shapes
-    return {group: (sum(shapes[p][0] for p in parts), shapes[parts[0]][1]) for group, parts in GROUPS.items()}
-
-
-def scratch_bytes(spec: ModelSpec, tails: Mapping[str, int]) -> int:
-    """What `Fp8Scratch` takes of the device in the end."""
-    total = 0
-    for group, (rows, cols) in group_sizes(spec).items():
-        tail = tails.get(group, 0)
-        total += rows_bytes(rows, cols, tail) + rows_bytes(cols, rows, tail) + 4 * rows * spec.layers
-    return total
-
-
-def product_bytes(rows: int, width: int, tail: int) -> int:
-    """What a product's rounded input of `rows` tokens takes for its time."""
-    return rows_bytes(rows, width, tail) + 4 * rows

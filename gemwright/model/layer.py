@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -25,24 +24,10 @@ from gemwright.kernels.dispatch import (
     rms_norm_backward,
 )
 from gemwright.kernels.heads import Table, split_heads
+from gemwright.layout import GROUPS, Keep
 from gemwright.model.lora import Linear, LoRA
-from gemwright.model.residency import GROUPS, LayerWeights
+from gemwright.model.residency import LayerWeights
 from gemwright.spec import ModelSpec
-
-
-class Keep(IntEnum):
-    """What the forward leaves for the backward; the rest is computed again.
-
-    INPUT: the layer's input. NARROW: also the attention's and the MLP's outputs, a hidden vector a token each, which
-    spares the backward the attention and two of the four products. HEADS: also the joint projection. PRODUCTS: also the
-    MLP's wide one, so that no product is computed twice. ALL: everything.
-    """
-
-    INPUT = 0
-    NARROW = 1
-    HEADS = 2
-    PRODUCTS = 3
-    ALL = 4
 
 
 @dataclass

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from gemwright.errors import InputError, needed
 from gemwright.kernels.dispatch import has_triton
+from gemwright.layout import GROUPS, TAIL_STEP, adapter_parameters, rounded
 from gemwright.model.fp8 import Fp8Weight
-from gemwright.model.residency import GROUPS, Matrix, Residency
+from gemwright.model.residency import Matrix, Residency
 from gemwright.spec import LINEARS, ModelSpec
 
 CPU = torch.device("cpu")
-# Rows of an input with its tail stay aligned to 16 bytes, as the kernels' wide loads need.
-TAIL_STEP = 8
 # Rows of a frozen weight whose norms are taken at once, for which a CPU makes a copy in fp32.
 _NORM_ROWS = 1024
 
@@ -73,7 +72,7 @@ class LoRA:
         self.stabilised, self.dora = stabilised, dora
         self.scale = alpha / (math.sqrt(rank) if stabilised else rank)
         self.names = [f"{i}.{part}" for i in range(spec.layers) for part in LINEARS if part in targets]
-        master = torch.zeros(parameters(spec, rank, targets, dora=dora))
+        master = torch.zeros(adapter_parameters(spec, rank, targets, dora=dora))
         generator = torch.Generator().manual_seed(seed)
         drawn = self._views(master)
         for name in self.names:
@@ -129,7 +128,7 @@ class LoRA:
                     magnitudes.append((rows, self._magnitudes[name], self._magnitude_grads[name]))
             row += shapes[part][0]
         first = self._grads[f"{layer}.{parts[0]}"][0]
-        cols, tail = shapes[parts[0]][1], _padded(width)
+        cols, tail = shapes[parts[0]][1], rounded(width, TAIL_STEP)
         place = ((width, cols), (cols, 1), first.storage_offset())
         if self.master.is_cuda:
             b = self._rooms.setdefault(group, torch.zeros(row, tail, dtype=dtype, device=self.master.device))
@@ -143,7 +142,7 @@ class LoRA:
 
     def tails(self) -> dict[str, int]:
         """How many columns the adapters of each group add to its input."""
-        return {group: _padded(self.rank * len(self._parts(group))) for group in GROUPS}
+        return {group: rounded(self.rank * len(self._parts(group)), TAIL_STEP) for group in GROUPS}
 
     def measure(self, residency: Residency) -> None:
         """Square the frozen rows that DoRA's norms are made of; magnitudes of zero, as a new adapter's, begin at them.
@@ -272,16 +271,6 @@ class LoRA:
         for name, magnitude in (magnitudes or {}).items():
             self._magnitudes[name].copy_(magnitude)
         self.refresh()
-
-
-def _padded(width: int) -> int:
-    return -(-width // TAIL_STEP) * TAIL_STEP
-
-
-def parameters(spec: ModelSpec, rank: int, targets: Sequence[str], *, dora: bool = False) -> int:
-    """Trained values of an adapter."""
-    shapes = [spec.linear_shapes[part] for part in targets]
-    return spec.layers * (rank * sum(map(sum, shapes)) + (sum(rows for rows, _ in shapes) if dora else 0))
 
 
 def check_targets(spec: ModelSpec, rank: int, targets: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, Union
 import torch
 from torch import Tensor
 
+from gemwright.layout import GROUPS
 from gemwright.spec import ModelSpec
 from gemwright.weights.model_file import ModelFile
 from gemwright.weights.quants import unpack
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
     from gemwright.model.fp8 import Fp8Weight
 
 Matrix: TypeAlias = Union[Tensor, "Fp8Weight"]
-
-# Linear layers that read the same input are one matrix product; the order of rows is the order of names.
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gemwright.layout import GROUPS
 from gemwright.model.fp8 import Fp8Scratch
-from gemwright.model.residency import GROUPS, LayerWeights
+from gemwright.model.residency import LayerWeights
 from gemwright.model.sources import LayerBytes, Source, SourceKind, open_source
 from gemwright.model.unpacked import unpack
 from gemwright.weights.model_file import ModelFile

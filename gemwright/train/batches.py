@@ -13,14 +13,13 @@ from gemwright.data.read import read_examples
 from gemwright.errors import GemwrightError, InputError
 from gemwright.kernels.attend import Attention
 from gemwright.kernels.heads import Table
+from gemwright.layout import LABEL_STEP, ROW_STEP, rounded
 from gemwright.model.decoder import plan_attention, rope_tables
 from gemwright.spec import PAD, ModelSpec
 from gemwright.text.chat import Message, TrainOn, encode_example
 
 CPU = torch.device("cpu")
 OPEN_ROWS = 32
-# Rows and their labels are filled up to few sizes: the CPU library compiles each new shape of a product.
-ROW_STEP, LABEL_STEP = 64, 32
 IGNORED = -100
 
 
@@ -92,10 +91,6 @@ def pack(examples: Sequence[Encoded], seq: int, seed: int, epoch: int) -> list[l
     return rows + [members for _, members in sorted(open_rows, key=lambda row: -row[0])]
 
 
-def _rounded(count: int, step: int) -> int:
-    return -(-count // step) * step
-
-
 def make_row(
     spec: ModelSpec, documents: Sequence[Encoded], device: torch.device = CPU, dtype: torch.dtype = torch.float32
 ) -> Row:
@@ -104,7 +99,7 @@ def make_row(
     The tensors are on `device`, for a model computing in `dtype`.
     """
     tokens = sum(len(d.ids) for d in documents)
-    fill = _rounded(tokens, ROW_STEP) - tokens
+    fill = rounded(tokens, ROW_STEP) - tokens
     if fill:
         documents = [*documents, Encoded([PAD] * fill, [False] * fill)]
     lengths = [len(d.ids) for d in documents]
@@ -112,7 +107,7 @@ def make_row(
     learned = torch.tensor([flag for d in documents for flag in [*d.labelled[1:], False]])
     at, spare = learned.nonzero()[:, 0], (~learned).nonzero()[:, 0]
     targets = ids[at + 1]
-    spare = spare[: max(LABEL_STEP, _rounded(len(at), LABEL_STEP)) - len(at)]
+    spare = spare[: max(LABEL_STEP, rounded(len(at), LABEL_STEP)) - len(at)]
     positions = torch.cat([torch.arange(n) for n in lengths])
     at, padded = torch.cat([at, spare]), torch.cat([targets, torch.full_like(spare, IGNORED)])
     return Row(

@@ -12,15 +12,15 @@ import torch
 
 from gemwright.errors import DoesNotFit, InputError
 from gemwright.kernels.dispatch import has_triton
+from gemwright.layout import Keep
 from gemwright.model.activations import Activations, Offloaded, OnDevice
 from gemwright.model.decoder import Gemma
-from gemwright.model.layer import Keep
 from gemwright.model.lora import LoRA
 from gemwright.model.residency import UnpackedResidency
 from gemwright.model.sources import LayerBytes
 from gemwright.model.streamed import StreamedResidency, spread
+from gemwright.plan.training import MIB, Arrangement, Card, Job, arrange, described, itemised
 from gemwright.report import say
-from gemwright.train.arrange import MIB, Arrangement, Card, Job, arrange, described, itemised
 from gemwright.train.batches import Encoded, Row, make_row
 from gemwright.train.config import TrainConfig
 from gemwright.train.memory import activation_bytes, keep_freed_memory, spare_bytes

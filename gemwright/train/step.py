@@ -14,9 +14,10 @@ from torch import Tensor
 
 from gemwright.kernels.cross_entropy import ROWS, linear_cross_entropy
 from gemwright.kernels.dispatch import rms_norm, rms_norm_backward, softmax_chunk
+from gemwright.layout import Keep
 from gemwright.model.activations import Activations, OnDevice
 from gemwright.model.decoder import Gemma
-from gemwright.model.layer import Keep, LayerPass, everywhere
+from gemwright.model.layer import LayerPass, everywhere
 from gemwright.train.batches import Row
 
 

@@ -13,8 +13,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
+from gemwright.layout import Keep
 from gemwright.model.decoder import Gemma
-from gemwright.model.layer import Keep
 from gemwright.model.lora import LoRA, parameters
 from gemwright.model.residency import Residency, UnpackedResidency
 from gemwright.model.streamed import StreamedResidency

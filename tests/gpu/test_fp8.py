@@ -23,9 +23,9 @@ if torch.cuda.get_device_capability() < (8, 9):
 
 from gemwright.kernels import fp8, triton_fp8
 from gemwright.kernels.triton_unpack import FORMATS, unpack
+from gemwright.layout import Keep, group_sizes
 from gemwright.model.decoder import Gemma
-from gemwright.model.fp8 import Fp8Weight, group_sizes
-from gemwright.model.layer import Keep
+from gemwright.model.fp8 import Fp8Weight
 from gemwright.model.lora import LoRA
 from gemwright.model.streamed import StreamedResidency
 from gemwright.spec import SPECS, ModelSpec

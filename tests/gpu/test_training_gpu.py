@@ -18,9 +18,9 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
+from gemwright.layout import Keep
 from gemwright.model.activations import Offloaded, OnDevice
 from gemwright.model.decoder import Gemma
-from gemwright.model.layer import Keep
 from gemwright.model.lora import LoRA
 from gemwright.model.residency import UnpackedResidency
 from gemwright.model.streamed import StreamedResidency

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemwright.model.residency import GROUPS, LayerWeights, UnpackedResidency
+from gemwright.layout import GROUPS
+from gemwright.model.residency import LayerWeights, UnpackedResidency
 from gemwright.weights.model_file import ModelFile
 
 Round = Callable[[Tensor], Tensor]

@@ -24,8 +24,8 @@ from reference import (
 )
 
 from gemwright.kernels.cross_entropy import ROWS
+from gemwright.layout import Keep
 from gemwright.model.decoder import Gemma
-from gemwright.model.layer import Keep
 from gemwright.model.lora import LoRA
 from gemwright.model.residency import LayerWeights, UnpackedResidency
 from gemwright.spec import LINEARS, ModelSpec

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemwright.errors import InputError
+from gemwright.layout import LABEL_STEP, ROW_STEP
 from gemwright.model.decoder import rope_tables
 from gemwright.spec import BOS, PAD, SPECS
-from gemwright.train.batches import IGNORED, LABEL_STEP, ROW_STEP, Encoded, encode_file, make_row, pack, steps
+from gemwright.train.batches import IGNORED, Encoded, encode_file, make_row, pack, steps
 
 SPEC = SPECS["270m"]
 SEQ = 60

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from gemwright.errors import InputError
+from gemwright.layout import GROUPS
 from gemwright.model.lora import Linear, LoRA, lora_from_pairs, parameters
-from gemwright.model.residency import GROUPS, LayerWeights
+from gemwright.model.residency import LayerWeights
 from gemwright.spec import LINEARS, SPECS
 
 SPEC = replace(SPECS["270m"], name="tiny", layers=2, hidden=12, mlp=20, heads=2, kv_heads=1, head_dim=4, vocab=32)

@@ -11,14 +11,20 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from gemwright.errors import DoesNotFit
-from gemwright.kernels.attend import LONG
-from gemwright.model.fp8 import product_bytes, scratch_bytes
-from gemwright.model.layer import Keep
-from gemwright.model.lora import TAIL_STEP, parameters
-from gemwright.model.residency import GROUPS
+from gemwright.layout import (
+    GROUPS,
+    LONG,
+    ROW_STEP,
+    TAIL_STEP,
+    Keep,
+    adapter_parameters,
+    group_sizes,
+    product_bytes,
+    rounded,
+    scratch_bytes,
+)
 from gemwright.report import size
 from gemwright.spec import ModelSpec
-from gemwright.train.batches import ROW_STEP
 
 MIB = 1 << 20
 # What PyTorch's matrix library takes for itself, and what its allocator cannot hand out again between blocks.
@@ -66,12 +72,12 @@ class Job:
     @property
     def row_tokens(self) -> int:
         """A packed row, filled up."""
-        return -(-self.seq // ROW_STEP) * ROW_STEP
+        return rounded(self.seq, ROW_STEP)
 
     def tail(self, group: str) -> int:
         """Columns that the adapters add to a group's input."""
         width = self.rank * sum(part in self.targets for part in GROUPS[group])
-        return -(-width // TAIL_STEP) * TAIL_STEP
+        return rounded(width, TAIL_STEP)
 
 
 @dataclass(frozen=True)
@@ -211,9 +217,8 @@ def kept_bytes(job: Job, keep: Keep) -> int:
 
 def itemise(job: Job, plan: Arrangement) -> Arrangement:
     """The same arrangement with its bytes: what is held throughout, and the peak of what comes and goes."""
-    spec, shapes = job.spec, job.spec.linear_shapes
-    groups = {g: (sum(shapes[p][0] for p in parts), shapes[parts[0]][1]) for g, parts in GROUPS.items()}
-    trained = parameters(spec, job.rank, job.targets, dora=job.dora)
+    spec, groups = job.spec, group_sizes(job.spec)
+    trained = adapter_parameters(spec, job.rank, job.targets, dora=job.dora)
     copies = 2 * sum(job.tail(g) * rows for g, (rows, _) in groups.items())
     normed = spec.layers * sum(rows for rows, _ in groups.values()) if job.dora else 0
     tokens, micro = job.rows * job.row_tokens, plan.joined * job.row_tokens

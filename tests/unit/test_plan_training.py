@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemwright.errors import DoesNotFit
-from gemwright.model.layer import Keep
-from gemwright.model.lora import parameters
+from gemwright.layout import Keep, adapter_parameters
+from gemwright.plan.training import Arrangement, Card, Job, arrange, described, itemise, itemised, kept_bytes
 from gemwright.report import bytes_of
 from gemwright.spec import LINEARS, SPECS
-from gemwright.train.arrange import Arrangement, Card, Job, arrange, described, itemise, itemised, kept_bytes
 
 GIB = 2**30
 H100 = Card(640e12, 55e9, 2.6e12)
@@ -96,7 +95,7 @@ def test_items_count_what_is_known_exactly() -> None:
     assert items["resident layers, packed"] == 3 * asked.layer_bytes
     assert items["ring of layers, packed"] == 2 * asked.layer_bytes
     assert items["activations kept on the GPU"] == 48 * 1024 * kept_bytes(asked, Keep.NARROW)
-    trained = parameters(asked.spec, 8, LINEARS)
+    trained = adapter_parameters(asked.spec, 8, LINEARS)
     assert 18 * trained <= items["adapters, gradients, optimizer"] < 18 * trained + GIB // 50
     levels = [kept_bytes(asked, keep) for keep in list(Keep)[:-1]]
     assert levels == sorted(levels) and levels[0] == 2 * asked.spec.hidden + 4
