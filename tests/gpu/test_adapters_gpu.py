@@ -13,9 +13,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from gemwright.layout import Keep
+from gemwright.layout import Keep, adapter_parameters
 from gemwright.model.decoder import Gemma
-from gemwright.model.lora import LoRA, parameters
+from gemwright.model.lora import LoRA
 from gemwright.model.residency import Residency, UnpackedResidency
 from gemwright.model.streamed import StreamedResidency
 from gemwright.spec import SPECS
@@ -61,7 +61,7 @@ def test_gradients_over_streamed_weights(file: ModelFile, keep: Keep, dora: bool
     first = new(torch.float32, CPU, dora=dora)
     first.measure(UnpackedResidency(file, torch.float32, 0))
     rng = torch.Generator().manual_seed(1)
-    pairs = parameters(SPEC, RANK, first.targets)
+    pairs = adapter_parameters(SPEC, RANK, first.targets)
     first.master[:pairs].normal_(0, 0.02, generator=rng)
     first.master[pairs:].mul_(1 + 0.1 * torch.randn(len(first.master) - pairs, generator=rng))
     found = []

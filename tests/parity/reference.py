@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from gemwright.model.lora import LoRA, parameters
+from gemwright.layout import adapter_parameters
+from gemwright.model.lora import LoRA
 from gemwright.model.residency import Residency
 from gemwright.spec import SPECS, ModelSpec
 from gemwright.train.batches import Encoded
@@ -150,7 +151,7 @@ def our_gradients(lora: LoRA) -> Gradients:
 
 def fill(lora: LoRA, seed: int = 0, size: float = 0.05) -> None:
     """Give every A and B values that matter (B of a new adapter is zero)."""
-    pairs = lora.master[: parameters(lora.spec, lora.rank, lora.targets)]
+    pairs = lora.master[: adapter_parameters(lora.spec, lora.rank, lora.targets)]
     pairs.normal_(0, size, generator=torch.Generator().manual_seed(seed))
     lora.refresh()
 

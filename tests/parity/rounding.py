@@ -62,6 +62,8 @@ class Packed(Tensor):
         if function in (torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__) and args[1] is own:
             plain[0] = own.partner(plain[0])
             return function(*plain, **kwargs or {})
+        if function.__name__ == "__get__" or function is Tensor.__len__:  # its shape and the like
+            return function(*plain)
         raise NotImplementedError(f"{function} of a packed weight")
 
 

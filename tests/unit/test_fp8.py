@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from gemwright.train.arrange import Arrangement, Job, itemise
 from torch import Tensor
 
 from gemwright.errors import InputError
 from gemwright.kernels import fp8 as kernels
 from gemwright.kernels.dispatch import join_tail, quantise_rows
-from gemwright.layout import GROUPS, Keep
+from gemwright.layout import GROUPS, Keep, scratch_bytes
 from gemwright.model.decoder import Gemma
-from gemwright.model.fp8 import Fp8Scratch, Fp8Weight, scratch_bytes
+from gemwright.model.fp8 import Fp8Scratch, Fp8Weight
 from gemwright.model.lora import LoRA
 from gemwright.model.residency import Residency, UnpackedResidency
 from gemwright.model.streamed import StreamedResidency
+from gemwright.plan.training import Arrangement, Job, itemise
 from gemwright.spec import LINEARS, SPECS, ModelSpec
 from gemwright.train.batches import Encoded, make_row
 from gemwright.train.config import TrainConfig

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gemwright.errors import InputError
-from gemwright.layout import GROUPS
-from gemwright.model.lora import Linear, LoRA, lora_from_pairs, parameters
+from gemwright.layout import GROUPS, adapter_parameters
+from gemwright.model.lora import Linear, LoRA, lora_from_pairs
 from gemwright.model.residency import LayerWeights
 from gemwright.spec import LINEARS, SPECS
 
@@ -141,7 +141,7 @@ def test_new_dora_changes_nothing_and_has_the_weights_own_magnitudes(dtype: torc
     lora = LoRA(SPEC, RANK, ALPHA, ("q", "down"), dtype=dtype, dora=True)
     weights = Fixed(lora, dtype=dtype)
     lora.measure(weights)  # type: ignore[arg-type]
-    assert lora.master.numel() == parameters(SPEC, RANK, ("q", "down"), dora=True)
+    assert lora.master.numel() == adapter_parameters(SPEC, RANK, ("q", "down"), dora=True)
     assert lora.magnitudes().keys() == {"0.q", "0.down", "1.q", "1.down"}
     torch.testing.assert_close(lora.magnitudes()["1.down"], weights.matrices["down"].float().norm(dim=1))
     lora.join(0, weights.matrices)

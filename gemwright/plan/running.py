@@ -1,0 +1,165 @@
+"""Memory and speed of running a GGUF through llama.cpp: every byte itemised, seconds from rooflines.
+
+Window layers keep their window and a batch; global ones the whole context. Source: llama.cpp's llama-kv-cache-iswa.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from gemwright.errors import DoesNotFit, InputError
+from gemwright.layout import rounded
+from gemwright.plan.model_bytes import ModelBytes
+from gemwright.report import size
+from gemwright.spec import ModelSpec
+
+MIB = 1 << 20
+BATCH = 512
+CACHE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+# What the process holds beside the model: Python and the library here, CUDA's context there.
+PROCESS_BYTES, CONTEXT_BYTES = 95 * MIB, 420 * MIB
+# Up to here our engine lets window layers keep everything, so that no cached prefix is computed again.
+WHOLE_CACHE_BYTES = 512 * MIB
+# The share of a memory's speed that reading packed weights reaches, and of a processor's that multiplying them does.
+READ_SHARE, MULTIPLY_SHARE = 0.75, 0.55
+# What a token costs beside its products: sampling, the server, the wire.
+TOKEN_S, GPU_LAYER_S = 0.4e-3, 40e-6
+
+
+@dataclass(frozen=True)
+class Place:
+    """A processor with its memory: bytes/s it reads weights at, products in FLOP/s, bytes it may hold."""
+
+    memory_bytes_s: float
+    flops: float
+    room_bytes: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a model runs: layers on the GPU, context, type of the cache; its bytes on both sides and its speed."""
+
+    context: int
+    gpu_layers: int
+    cache: str
+    device_items: dict[str, int] = field(default_factory=dict)
+    host_items: dict[str, int] = field(default_factory=dict)
+    decode_tokens_per_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+
+    @property
+    def device_bytes(self) -> int:
+        """The most that will be held on the GPU."""
+        return sum(self.device_items.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """The most that will be held in RAM."""
+        return sum(self.host_items.values())
+
+
+def cache_bytes(spec: ModelSpec, context: int, kind: str = "f16", layers: range | None = None, slots: int = 1) -> int:
+    """Keys and values of `layers` (default: all) for `context` tokens in each of `slots`."""
+    each = 2 * spec.kv_heads * spec.head_dim * CACHE_BYTES[kind]
+    whole = context * slots
+    if 2 * 2 * spec.layers * spec.kv_heads * spec.head_dim * whole <= WHOLE_CACHE_BYTES:
+        narrow = whole
+    else:
+        narrow = min(whole, rounded(spec.window * slots + BATCH, 256))
+    kept = [whole if spec.is_global(i) else narrow for i in (layers if layers is not None else range(spec.layers))]
+    return int(each * sum(kept))
+
+
+def run_plan(
+    model: ModelBytes,
+    context: int,
+    host: Place,
+    gpu: Place | None = None,
+    *,
+    gpu_layers: int | None = None,
+    cache: str = "f16",
+) -> RunPlan:
+    """The plan with as many layers on the GPU as fit (or `gpu_layers`). Raises DoesNotFit, InputError.
+
+    llama.cpp puts the last layers there first, then the head; the embedding's rows stay in RAM too.
+    """
+    spec = model.spec
+    if not 0 < context <= spec.context:
+        raise InputError(
+            f"{context} tokens of context are not within 1 to {spec.context}", where="--context", fix="Give fewer."
+        )
+    counts: Sequence[int] = range(spec.layers + 1, -1, -1) if gpu_layers is None else [gpu_layers]
+    counts = [0] if gpu is None else counts
+    for count in counts:
+        plan = _laid_out(model, context, count, cache)
+        if gpu is not None and plan.device_bytes > gpu.room_bytes:
+            continue
+        if plan.host_bytes > host.room_bytes:
+            break
+        return _timed(model, plan, host, gpu)
+    smallest = _laid_out(model, context, counts[0] if gpu_layers is not None else 0, cache)
+    raise DoesNotFit(
+        f"running it needs {size(smallest.host_bytes)} of RAM"
+        + (f" and {size(smallest.device_bytes)} of video memory" if smallest.device_bytes else "")
+        + f", {size(host.room_bytes)} are free",
+        where=f"Gemma 3 {spec.name}",
+        fix="Use a smaller model or context, or close other programs.",
+    )
+
+
+def _laid_out(model: ModelBytes, context: int, gpu_layers: int, cache: str) -> RunPlan:
+    spec = model.spec
+    there = min(gpu_layers, spec.layers)
+    split = spec.layers - there
+    device: dict[str, int] = {}
+    if gpu_layers:
+        device["layers, packed"] = sum(model.layers[split:])
+        if gpu_layers > spec.layers:
+            device["head, packed"] = model.embed
+        device["keys and values"] = cache_bytes(spec, context, cache, range(split, spec.layers))
+        device["work space"] = _workspace(spec, context)
+        device["CUDA's context"] = CONTEXT_BYTES
+    host = {
+        "layers, packed": sum(model.layers[:split]),
+        "embedding and head, packed": model.embed,
+        "keys and values": cache_bytes(spec, context, cache, range(split)),
+        "work space": _workspace(spec, context),
+        "program": PROCESS_BYTES,
+    }
+    return RunPlan(context, gpu_layers, cache, device, {name: count for name, count in host.items() if count})
+
+
+def _workspace(spec: ModelSpec, context: int) -> int:
+    """Activations of a batch, the widest of the MLP's among them, attention's scores, and the logits of a token."""
+    batch = min(BATCH, context)
+    scores = 4 * batch * min(context, 4096) * spec.heads
+    return 4 * batch * (2 * spec.mlp + 6 * spec.hidden) + scores + 4 * spec.vocab
+
+
+def _timed(model: ModelBytes, plan: RunPlan, host: Place, gpu: Place | None) -> RunPlan:
+    spec = model.spec
+    there = min(plan.gpu_layers, spec.layers)
+    split = spec.layers - there
+    weights = sum(r * c for r, c in spec.linear_shapes.values())
+    head_there = plan.gpu_layers > spec.layers
+    reading = sum(model.layers[:split]) + (0 if head_there else model.embed)
+    flops = 2 * (weights * split + (0 if head_there else spec.vocab * spec.hidden))
+    token_s = TOKEN_S + max(reading / (READ_SHARE * host.memory_bytes_s), flops / (MULTIPLY_SHARE * host.flops))
+    prompt_s = 2 * weights * split / (MULTIPLY_SHARE * host.flops)
+    if gpu is not None and there:
+        reading = sum(model.layers[split:]) + (model.embed if head_there else 0)
+        token_s += reading / (READ_SHARE * gpu.memory_bytes_s) + there * GPU_LAYER_S
+        prompt_s += 2 * weights * there / (0.5 * gpu.flops)
+    prompt_s += 2 * spec.vocab * spec.hidden / (MULTIPLY_SHARE * host.flops) / BATCH
+    return replace(plan, decode_tokens_per_s=1 / token_s, prefill_tokens_per_s=1 / prompt_s)
+
+
+def with_draft(plan: RunPlan, draft: RunPlan, accepted: float = 0.6, ahead: int = 4) -> float:
+    """Tokens/s with a draft that guesses `ahead` tokens, each right with probability `accepted`.
+
+    Source: Leviathan et al. 2023 (arXiv 2211.17192), equation 1. Checking a few tokens costs one reading of the weights.
+    """
+    expected = (1 - accepted ** (ahead + 1)) / (1 - accepted)
+    seconds = ahead / draft.decode_tokens_per_s + 1 / plan.decode_tokens_per_s
+    return expected / seconds
