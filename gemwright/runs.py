@@ -10,7 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from gemwright.errors import GemwrightError, InputError, MachineError
+
+
+def home() -> Path:
+    """Where gemwright keeps what it fetched: GEMWRIGHT_HOME, or the user's cache folder."""
+    return Path(os.environ.get("GEMWRIGHT_HOME") or platformdirs.user_cache_dir("gemwright", appauthor=False))
 
 
 @contextmanager

@@ -71,8 +71,8 @@ def _local(name: str) -> Path | None:
     """The file that a `--model` means, if that is known without any network."""
     if Path(name).is_file():
         return Path(name)
+    from gemwright.runs import home
     from gemwright.weights import catalogue
-    from gemwright.weights.pull import home
 
     source = catalogue.find(name)
     path = home() / "models" / source.file if source is not None and source.repo is None else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from gemwright.errors import InputError, MachineError
 from gemwright.report import size as amount
-from gemwright.runs import atomic_path
+from gemwright.runs import atomic_path, home
 from gemwright.spec import SPECS
 from gemwright.weights import catalogue
 from gemwright.weights.catalogue import PYPI_MODULE, PYPI_PACKAGE, PYPI_VERSION, Source
@@ -42,11 +39,6 @@ class Pulled:
     bytes: int
     size: str
     quantization: str
-
-
-def home() -> Path:
-    """Where gemwright keeps what it fetched: GEMWRIGHT_HOME, or the user's cache folder."""
-    return Path(os.environ.get("GEMWRIGHT_HOME") or platformdirs.user_cache_dir("gemwright", appauthor=False))
 
 
 def pull(name_or_path: str | Path, *, report: Report = lambda line: None) -> Pulled:
