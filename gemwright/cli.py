@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ app = typer.Typer(
     \b
     Examples:
       gemwright demo
+      gemwright plan
       gemwright pull 270m
       gemwright tune chats.jsonl --model 270m --out runs/first
       gemwright run "The capital of France is" --model 270m --raw
@@ -282,6 +284,58 @@ def chat(
             None if as_json else _stream,
         )
     say(f"next: {command('gemwright', 'score', 'TEXTFILE', '--model', model, *_with(adapter))}")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="270m, 1b, 4b, 12b, 27b (-pt: base model), a GGUF or its URL; all unless said."),
+    ] = None,
+    purpose: Annotated[
+        Literal["run", "tune", "serve"] | None, typer.Option("--for", help="run, tune or serve.")
+    ] = None,
+    rig: Annotated[
+        str | None, typer.Option("--rig", help="A rig of the catalogue or a .toml; this machine if left out.")
+    ] = None,
+    all_rigs: Annotated[
+        bool, typer.Option("--all-rigs", help="All rigs of the catalogue, beside the old claims.")
+    ] = False,
+    context: Annotated[int, typer.Option("--context", help="Tokens of context to run with.")] = 4096,
+    seq: Annotated[int, typer.Option("--seq", help="Tokens a packed row to tune with.")] = 2048,
+    tokens_per_step: Annotated[int, typer.Option("--tokens-per-step", help="Tokens a step to tune with.")] = 8192,
+    rank: Annotated[int, typer.Option("--rank", help="LoRA rank.")] = 16,
+    vram: Annotated[str | None, typer.Option("--vram", help="Video memory to stay within, e.g. 7.5GiB.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Every item, and what each number rests on.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what fits, how fast it will be and what it takes, before anything is downloaded or loaded.
+
+    \b
+    Examples:
+      gemwright plan
+      gemwright plan 12b --for tune --rig rtx4060ti-8gb --explain
+      gemwright plan ./gemma-3-4b-it-q4_0.gguf --for run --context 32768 --json
+    """
+    from gemwright.plan.ask import ask
+
+    asked = ask(
+        model,
+        purpose,
+        rig=rig,
+        all_rigs=all_rigs,
+        context=context,
+        seq=seq,
+        tokens_per_step=tokens_per_step,
+        rank=rank,
+        vram=vram,
+        explain=explain,
+        colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+    )
+    _give(asked.result, as_json, "\n".join(asked.lines))
+    if not asked.fits:
+        raise typer.Exit(3)
+    say(f"next: {command('gemwright', *asked.next)}")
 
 
 @app.command()

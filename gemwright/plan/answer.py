@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gemwright.errors import DoesNotFit, GemwrightError
-from gemwright.layout import Keep
-from gemwright.machine import Rig
+from gemwright.plan.history import FEWEST, Seen, correction
 from gemwright.plan.model_bytes import ModelBytes
 from gemwright.plan.running import CONTEXT_BYTES, Place, RunPlan, run_plan
 from gemwright.plan.training import Arrangement, Card, Job, arrange, described
 from gemwright.report import size
+from gemwright.rig_file import Rig
 from gemwright.spec import LINEARS
 
 Purpose = Literal["run", "tune", "serve"]
@@ -21,6 +21,8 @@ GIB = 1 << 30
 TRAINER_BYTES = int(1.35 * GIB)
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
+# Of unified memory, what macOS lets the GPU hold.
+UNIFIED_SHARE = 0.7
 # How far predictions were from measurements; said with each.
 BANDS = {"tune, GPU": 0.15, "tune, CPU": 0.3, "run, CPU": 0.25, "run, GPU": 0.4}
 
@@ -79,10 +81,17 @@ class Answer:
         }
 
 
-def answer(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
-    """What `work` with a model would be on a rig; a plan that does not fit is an answer too."""
+def answer(
+    name: str, model: ModelBytes, rig: Rig, work: Work, seen: Sequence[Seen] = (), *, hint: bool = True
+) -> Answer:
+    """What `work` with a model would be on a rig; a plan that does not fit is an answer too.
+
+    `seen` are this machine's runs, by which the speed is corrected; `hint` asks what more memory would change.
+    """
     try:
-        return _tune(name, model, rig, work) if work.purpose == "tune" else _run(name, model, rig, work)
+        if work.purpose == "tune":
+            return _tune(name, model, rig, work, list(seen), hint=hint)
+        return _run(name, model, rig, work)
     except DoesNotFit as error:
         basis = {"model": model.basis} | dict(rig.basis)
         return Answer(name, work.purpose, False, error.what, basis=basis, hint=error.fix or "")
@@ -97,9 +106,9 @@ def budget_of(rig: Rig, work: Work) -> int:
     return rig.gpu.vram_bytes - CONTEXT_BYTES - rig.desktop_bytes
 
 
-def _tune(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
+def _tune(name: str, model: ModelBytes, rig: Rig, work: Work, seen: list[Seen], *, hint: bool) -> Answer:
     basis = {"model": model.basis} | dict(rig.basis)
-    if rig.gpu is None or (rig.gpu.capability or (8, 0)) < (8, 0):
+    if rig.gpu is None or rig.unified or (rig.gpu.capability or (8, 0)) < (8, 0):
         return _tune_on_cpu(name, model, rig, work, basis)
     card = Card(rig.gpu.bf16_flops, rig.gpu.link_bytes_s, rig.gpu.memory_bytes_s)
     job = Job(model.spec, model.largest_layer, model.embed, work.rank, LINEARS, work.seq, work.rows)
@@ -118,6 +127,9 @@ def _tune(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
     items += [("host", "model file, mapped", model.total), ("host", "activations", plan.host_bytes)]
     items.append(("host", "program", TRAINER_BYTES))
     words = f"{described(plan, model.spec.layers)}; {size(plan.predicted_bytes)} of video memory, {size(host)} of RAM"
+    seconds, learned = correction(seen, "seconds", rig.gpu.name)
+    if learned >= FEWEST:
+        basis["speed"] = f"predicted, times {1 / seconds:.2f} as {learned} runs on this machine had it"
     return Answer(
         name,
         "tune",
@@ -125,13 +137,13 @@ def _tune(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
         words,
         plan.predicted_bytes,
         host,
-        tokens / plan.step_s,
+        tokens / (plan.step_s * seconds),
         0.0,
         BANDS["tune, GPU"],
         items,
         plan.summary(),
         basis,
-        _more(job, budget, card, free, plan),
+        _more(job, budget, card, free, plan) if hint else "",
     )
 
 
@@ -180,7 +192,9 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
 def _run(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
     host = Place(rig.ram_bytes_s, max(rig.cpu.fp32_flops, rig.cpu.bf16_flops), int(rig.ram_available_bytes * RAM_SHARE))
     gpu = None
-    if rig.gpu is not None:
+    if rig.gpu is not None and rig.unified:  # one memory, at the GPU's speed
+        host = Place(rig.gpu.memory_bytes_s, rig.gpu.bf16_flops, int(rig.ram_bytes * UNIFIED_SHARE))
+    elif rig.gpu is not None:
         room = rig.gpu.vram_bytes - rig.desktop_bytes if work.vram_bytes is None else work.vram_bytes
         gpu = Place(rig.gpu.memory_bytes_s, rig.gpu.bf16_flops, room)
     plan = run_plan(model, work.context, host, gpu)
@@ -214,20 +228,15 @@ def _run_words(plan: RunPlan, model: ModelBytes) -> str:
     return f"{where}; {size(plan.device_bytes)} of video memory, {size(plan.host_bytes)} of RAM"
 
 
-def every(models: Sequence[tuple[str, ModelBytes]], rig: Rig, works: Sequence[Work]) -> list[Answer]:
+def every(
+    models: Sequence[tuple[str, ModelBytes]], rig: Rig, works: Sequence[Work], seen: Sequence[Seen] = ()
+) -> list[Answer]:
     """All models for all purposes on a rig; what goes wrong with one is its answer."""
     answers = []
     for name, model in models:
         for work in works:
             try:
-                answers.append(answer(name, model, rig, work))
+                answers.append(answer(name, model, rig, work, seen, hint=False))
             except GemwrightError as error:
                 answers.append(Answer(name, work.purpose, False, error.what, hint=error.fix or ""))
     return answers
-
-
-def kept_words(summary: dict[str, Any]) -> str:
-    """What an arrangement keeps, in words; empty where it has no such thing."""
-    kept = summary.get("layers_keep", {})
-    names = {keep.name.lower() for keep in Keep}
-    return ", ".join(f"{count} {what}" for what, count in kept.items() if what.split(",")[0] in names)

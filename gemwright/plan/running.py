@@ -161,7 +161,7 @@ def _timed(model: ModelBytes, plan: RunPlan, host: Place, gpu: Place | None) -> 
 def with_draft(plan: RunPlan, draft: RunPlan, accepted: float = 0.6, ahead: int = 4) -> float:
     """Tokens/s with a draft that guesses `ahead` tokens, each right with probability `accepted`.
 
-    Source: Leviathan et al. 2023 (arXiv 2211.17192), equation 1. Checking a few tokens costs one reading of the weights.
+    Source: Leviathan et al. 2023 (arXiv 2211.17192), equation 1. Checking a few tokens reads the weights once.
     """
     expected = (1 - accepted ** (ahead + 1)) / (1 - accepted)
     seconds = ahead / draft.decode_tokens_per_s + 1 / plan.decode_tokens_per_s

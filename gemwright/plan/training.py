@@ -6,6 +6,7 @@ Time is estimated from the card's measured speed and that of its link; memory by
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -101,12 +102,13 @@ class Arrangement:
         """The most that PyTorch will hold on the device."""
         return sum(self.items.values())
 
+    def kinds(self) -> Counter[tuple[Keep, bool]]:
+        """How many layers keep what, and whether on the host."""
+        return Counter(zip(self.keep, self.on_host, strict=True))
+
     def summary(self) -> dict[str, object]:
         """What a run folder keeps of it."""
-        kept: dict[str, int] = {}
-        for keep, away in zip(self.keep, self.on_host, strict=True):
-            key = f"{keep.name.lower()}, {'host' if away else 'device'}"
-            kept[key] = kept.get(key, 0) + 1
+        kept = {f"{keep.name.lower()}, {'host' if away else 'device'}": n for (keep, away), n in self.kinds().items()}
         return {
             "resident_layers": self.resident,
             "layers_keep": kept,
@@ -137,12 +139,24 @@ def arrange(
     best: Arrangement | None = None
     smallest: Arrangement | None = None
     shares = {"auto": SHARES, "resident": (1.0,), "streamed": (0.0,)}[residency]
-    for candidate in _candidates(job, budget, host_free, shares, keeps):
-        made = _estimate(job, candidate, card)
-        if smallest is None or made.predicted_bytes < smallest.predicted_bytes:
-            smallest = made
-        if made.predicted_bytes <= budget and (best is None or made.step_s < best.step_s * 0.995):
-            best = made
+    joins_fitting = 0
+    for joined in _joins(job):
+        fitting = 0
+        for chunk in sorted({min(c, joined * job.row_tokens) for c in CHUNKS}, reverse=True):
+            found = False
+            for candidate in _candidates(job, budget, host_free, shares, keeps, joined, chunk):
+                made = _estimate(job, candidate, card)
+                if smallest is None or made.predicted_bytes < smallest.predicted_bytes:
+                    smallest = made
+                if made.predicted_bytes <= budget:
+                    found = True
+                    best = made if best is None or made.step_s < best.step_s * 0.995 else best
+            fitting += found
+            if fitting == 2:  # smaller chunks and micro-batches only cost more launches and another projection
+                break
+        joins_fitting += fitting > 0
+        if joins_fitting == 2:
+            break
     if best is None:
         if smallest is None:
             raise RuntimeError("no arrangement was tried")
@@ -154,45 +168,53 @@ def arrange(
     return best
 
 
+def _joins(job: Job) -> list[int]:
+    """Numbers of rows worth making one micro-batch, the most first."""
+    sizes = (MICRO_TOKENS, MICRO_TOKENS // 2, 1)
+    return sorted({max(1, min(job.rows, size // job.row_tokens)) for size in sizes}, reverse=True)
+
+
 def _candidates(
-    job: Job, budget: int, host_free: int, shares: Sequence[float], keeps: Sequence[Keep]
+    job: Job,
+    budget: int,
+    host_free: int,
+    shares: Sequence[float],
+    keeps: Sequence[Keep],
+    joined: int,
+    chunk: int,
 ) -> Iterator[Arrangement]:
     """Arrangements worth a look; each takes as many layers on the device as the budget still holds."""
     layers, tokens = job.spec.layers, job.rows * job.row_tokens
-    joins = sorted(
-        {max(1, min(job.rows, n // job.row_tokens)) for n in (MICRO_TOKENS, MICRO_TOKENS // 2, 1)}, reverse=True
-    )
-    for joined in joins:
-        micro = joined * job.row_tokens
-        for chunk in sorted({min(c, micro) for c in CHUNKS}, reverse=True):
-            for host in [keep for keep in keeps if keep < Keep.PRODUCTS] or [Keep.INPUT]:
-                host_bytes = kept_bytes(job, host) * tokens * (layers - 2)
-                if host > Keep.INPUT and host_bytes > HOST_SHARE * host_free:
-                    continue
-                for device in keeps:
-                    yield from _filled(job, budget, joined, chunk, host, device, shares)
+    for host in [keep for keep in keeps if keep < Keep.PRODUCTS] or [Keep.INPUT]:
+        host_bytes = kept_bytes(job, host) * tokens * (layers - 2)
+        if host > Keep.INPUT and host_bytes > HOST_SHARE * host_free:
+            continue
+        for device in keeps:
+            yield from _filled(job, budget, joined, chunk, host, device, shares)
 
 
 def _filled(
     job: Job, budget: int, joined: int, chunk: int, host: Keep, device: Keep, shares: Sequence[float]
 ) -> Iterator[Arrangement]:
-    layers, tokens = job.spec.layers, job.rows * job.row_tokens
+    """With more and more resident layers, until they alone are too many."""
+    layers, each = job.spec.layers, kept_bytes(job, device) * job.rows * job.row_tokens
+    positions, head_rows = min(MICRO_TOKENS, chunk), 8192 if chunk >= 4096 else 4096
     for share in shares:
         resident = round(share * layers)
         slots = min(2, layers - resident)
         # The backward begins with the last layers, so they stay; of a long row even they are too much.
-        here = 2 if 2 * kept_bytes(job, device) * tokens < budget // 16 else 0
+        here = 2 if 2 * each < budget // 16 else 0
         while True:
             keep, on_host = _placed(layers, here, host, device)
-            positions, head_rows = min(MICRO_TOKENS, chunk), 8192 if chunk >= 4096 else 4096
-            plan = Arrangement(resident, slots, keep, on_host, joined, chunk, positions, head_rows)
-            plan = itemise(job, plan)
+            plan = itemise(job, Arrangement(resident, slots, keep, on_host, joined, chunk, positions, head_rows))
             spare = budget - plan.predicted_bytes
-            more = max(0, min(layers - here, int(spare / (1 + SLACK)) // max(1, kept_bytes(job, device) * tokens)))
+            more = max(0, min(layers - here, int(spare / (1 + SLACK)) // max(1, each)))
             if not more:
-                yield plan
                 break
             here += more
+        yield plan
+        if spare < 0 and resident:
+            return
 
 
 def _placed(layers: int, here: int, host: Keep, device: Keep) -> tuple[tuple[Keep, ...], tuple[bool, ...]]:
@@ -222,7 +244,10 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
     copies = 2 * sum(job.tail(g) * rows for g, (rows, _) in groups.items())
     normed = spec.layers * sum(rows for rows, _ in groups.values()) if job.dora else 0
     tokens, micro = job.rows * job.row_tokens, plan.joined * job.row_tokens
-    here = sum(kept_bytes(job, k) for k, away in zip(plan.keep, plan.on_host, strict=True) if not away) * tokens
+    kept = {
+        away: sum(kept_bytes(job, k) * n for (k, a), n in plan.kinds().items() if a is away) for away in (False, True)
+    }
+    here = kept[False] * tokens
     items = {
         "embedding and head, packed": job.embed_bytes,
         "resident layers, packed": plan.resident * job.layer_bytes,
@@ -239,8 +264,7 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
         "matrix library": LIBRARY_BYTES,
     }
     items["allocator"] = int(SLACK * sum(items.values()))
-    host = sum(kept_bytes(job, k) for k, away in zip(plan.keep, plan.on_host, strict=True) if away) * tokens
-    return replace(plan, items=items, host_bytes=host)
+    return replace(plan, items=items, host_bytes=kept[True] * tokens)
 
 
 def _qkv(spec: ModelSpec) -> int:
@@ -331,7 +355,7 @@ def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int
     d = spec.hidden
     away = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if host]
     here = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if not host]
-    waiting = sum(kept_bytes(job, keep) for keep in here) * tokens
+    waiting = sum(kept_bytes(job, k) * n for (k, host), n in plan.kinds().items() if not host) * tokens
     last = _Visit(job, plan.keep[-1], micro, chunk)
     states = d * tokens
     peaks = [2 * (states + last.forward()) + waiting - (kept_bytes(job, here[-1]) * micro if here else 0)]
@@ -398,9 +422,6 @@ def _longest(*seconds: float) -> float:
 
 def described(plan: Arrangement, layers: int) -> str:
     """One line for people."""
-    kept: dict[str, int] = {}
-    for keep, away in zip(plan.keep, plan.on_host, strict=True):
-        key = f"{keep.name.lower()} {'in RAM' if away else 'on the GPU'}"
-        kept[key] = kept.get(key, 0) + 1
+    kept = {f"{keep.name.lower()} {'in RAM' if away else 'on the GPU'}": n for (keep, away), n in plan.kinds().items()}
     places = ", ".join(f"{count} keep {what}" for what, count in kept.items())
     return f"{plan.resident} of {layers} layers resident; {places}"

@@ -17,6 +17,8 @@ import torch
 from gemwright.errors import InputError, MachineError
 from gemwright.model.lora import LoRA, check_targets
 from gemwright.model.precision import choose_dtype
+from gemwright.plan.answer import TRAINER_BYTES
+from gemwright.plan.history import Seen, remember
 from gemwright.report import say, size
 from gemwright.runs import RunFolder
 from gemwright.text.tokenizer import Tokenizer
@@ -205,6 +207,7 @@ def _train(
             where=run.path,
             fix="Close other programs, or use a smaller --vram.",
         )
+    _remember(setup, file, recent)
     last = losses[-max(1, len(losses) // 10) :]
     speed = steady_tokens / steady_s if steady_s else recent[0][0] / recent[0][1]
     return TuneResult(
@@ -228,6 +231,23 @@ def _attempt(setup: Setup, rows: list[Row], seed: int) -> StepLoss | None:
         pass
     setup.lora.grad.zero_()
     return None
+
+
+def _remember(setup: Setup, file: ModelFile, recent: deque[tuple[int, float]]) -> None:
+    """Let the next plan on this machine know what came of this one."""
+    plan = setup.arrangement
+    if plan is None or len(recent) < 2:
+        return
+    device, size_name = torch.cuda.get_device_name(setup.device), file.spec.name
+    step_s = sorted(seconds for _, seconds in recent)[len(recent) // 2]
+    host = file.bytes() + plan.host_bytes + TRAINER_BYTES
+    remember(
+        [
+            Seen("device", device, size_name, plan.predicted_bytes, setup.peak_bytes()),
+            Seen("host", device, size_name, host, peak_rss_bytes()),
+            Seen("seconds", device, size_name, plan.step_s, step_s),
+        ]
+    )
 
 
 def _compare(setup: Setup) -> None:
