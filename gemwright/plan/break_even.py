@@ -28,12 +28,11 @@ class BreakEven:
             return f"never against {self.against}: electricity alone costs as much or more"
         if self.hours == 0:
             return f"at once against {self.against}"
-        amount = f"{_count(self.hours)} hours of work"
-        if self.tokens is not None:
-            amount = f"{_count(self.tokens)} tokens, {amount}"
-        years = self.hours / HOURS_A_YEAR
-        late = f": {years:,.0f} years day and night, in practice never" if years > MOST_YEARS else ""
-        return f"after {amount}, against {self.against}{late}"
+        tokens = f"{_count(self.tokens)} tokens, " if self.tokens is not None else ""
+        if self.hours > MOST_YEARS * HOURS_A_YEAR:
+            years = f"{_count(self.hours / HOURS_A_YEAR)} years day and night"
+            return f"in practice never against {self.against}: after {tokens}{years}"
+        return f"against {self.against} after {tokens}{_count(self.hours)} hours of work"
 
 
 def _count(number: float) -> str:

@@ -21,6 +21,7 @@ BESIDE = {
     "latency": "first token here: reading the prompt; rented: and the network; hosted: and the queue",
     "control": "here and rented you keep the version you chose; hosted, the provider may end it",
 }
+LEFT_OUT = "left out: VAT, storage and traffic if rented; repair and resale of your own; free hosted tiers"
 
 
 @dataclass(frozen=True)
@@ -108,17 +109,18 @@ class Cost:
         shown += [] if self.hosted else [f"  hosted: {self.hosted_basis}"]
         shown += [f"  owning pays {even.words}" for even in self.break_even]
         shown += [f"  {what}: {said}" for what, said in BESIDE.items()]
+        shown.append(f"  {LEFT_OUT}")
         return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in shown]
 
     def as_json(self) -> dict[str, Any]:
         """Everything: units in names, each number's basis beside it, None for a break-even that never comes."""
         evens = [asdict(even) | {"words": even.words} for even in self.break_even]
-        return asdict(self) | {"break_even": evens, "beside": dict(BESIDE), "currency": "USD"}
+        return asdict(self) | {"break_even": evens, "beside": dict(BESIDE), "left_out": LEFT_OUT, "currency": "USD"}
 
 
 def here(seconds: float, watts: float, price_per_kwh: Figure) -> HereCost:
     """Electricity for `seconds` at `watts` drawn from the wall. Raises InputError."""
-    bounded(seconds, "seconds", "s", 1e-6, 3.2e8)
+    bounded(seconds, "seconds", "s", 1e-6, 3e8)
     bounded(watts, "watts", "W", 0.1, 1e5)
     bounded(price_per_kwh.usd, "price_per_kwh", "USD a kWh", 1e-4, 10)
     kwh = seconds * watts / 3.6e6
@@ -210,7 +212,7 @@ def claims_lines(rows: list[Claim]) -> list[str]:
 
 
 def _money(usd: float) -> str:
-    return f"${usd:,.2f}" if usd >= 1 else f"${usd:.4f}"
+    return f"${usd:,.2f}" if usd >= 1 else f"${usd:.4f}" if usd >= 0.001 else f"${usd:.2g}"
 
 
 def _per_million(offer: HostedCost) -> str:
@@ -218,7 +220,8 @@ def _per_million(offer: HostedCost) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    seconds = hours * 3600
+    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if seconds >= 60 else f"{seconds:.3g} s"
 
 
 def _tokens(count: float) -> str:
