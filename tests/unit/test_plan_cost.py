@@ -340,3 +340,15 @@ source = "my contract"
     assert [h.provider for h in cost.hosted].count("aws") == 1 and "my contract" in cost.hosted[0].basis
     given = cost_of(3600, 1000, 1e6, 1e6, "4b", Settings(on=DAY, prices_file=mine, usd_per_kwh=0.5))
     assert given.here.price_usd == 0.5 and "as given" in given.here.basis
+
+
+def test_the_docs_table_and_example_are_what_the_program_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    assert "\n".join(claims_lines(claims(PRICES, DAY))) in page
+    example = tmp_path / "prices.toml"
+    example.write_text(page.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    prices = load_prices(example)
+    assert prices.offer("rtx4090").setup_usd == 5 and prices.kwh.usd == 6.43 * 0.0125
+    assert [o.provider for o in prices.hosted] == ["our own contract"]
+    shown = [f"{bill.price_usd:g}" for bill in PRICES.rented.values() if "USD an" in bill.basis]
+    assert all(price in page for price in shown), shown
