@@ -27,6 +27,7 @@ app = typer.Typer(
     \b
     Examples:
       gemwright demo
+      gemwright doctor
       gemwright pull 270m
       gemwright tune chats.jsonl --model 270m --out runs/first
       gemwright run "The capital of France is" --model 270m --raw
@@ -94,6 +95,34 @@ def demo(
         command("gemwright", "tune", "YOUR.jsonl", "--model", "270m", "--out", "runs/mine"),
     ):
         say(f"  {line}")
+
+
+@app.command()
+def doctor(
+    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Measure what has not been measured yet.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again.")] = False,
+    save: Annotated[Path | None, typer.Option("--save", help="Write this machine's profile as a rig file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at this machine: what it is, how fast it is, and what to mind.
+
+    \b
+    Examples:
+      gemwright doctor
+      gemwright doctor --no-probe
+      gemwright doctor --fresh --save desk.toml
+    """
+    from gemwright.doctor import diagnose, shown
+    from gemwright.doctor import save as save_rig
+
+    if fresh and not probe:
+        raise typer.BadParameter("--fresh measures, --no-probe does not")
+    with Progressing() as progress:
+        found = diagnose(probe=probe, fresh=fresh, on_progress=lambda what, share: progress.update(what, share))
+    if save:
+        save_rig(found, save)
+    _give(found.row() | {"saved": str(save) if save else None}, as_json, shown(found))
+    say(f"next: {command('gemwright', 'plan', *(('--rig', save) if save else ()))}")
 
 
 @app.command()
