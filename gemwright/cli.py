@@ -29,6 +29,7 @@ app = typer.Typer(
     Examples:
       gemwright demo
       gemwright plan
+      gemwright doctor
       gemwright pull 270m
       gemwright tune chats.jsonl --model 270m --out runs/first
       gemwright run "The capital of France is" --model 270m --raw
@@ -96,6 +97,34 @@ def demo(
         command("gemwright", "tune", "YOUR.jsonl", "--model", "270m", "--out", "runs/mine"),
     ):
         say(f"  {line}")
+
+
+@app.command()
+def doctor(
+    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Measure what has not been measured yet.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again.")] = False,
+    save: Annotated[Path | None, typer.Option("--save", help="Write this machine's profile as a rig file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at this machine: what it is, how fast it is, and what to mind.
+
+    \b
+    Examples:
+      gemwright doctor
+      gemwright doctor --no-probe
+      gemwright doctor --fresh --save desk.toml
+    """
+    from gemwright.doctor import diagnose, shown
+    from gemwright.doctor import save as save_rig
+
+    if fresh and not probe:
+        raise typer.BadParameter("--fresh measures, --no-probe does not")
+    with Progressing() as progress:
+        found = diagnose(probe=probe, fresh=fresh, on_progress=lambda what, share: progress.update(what, share))
+    if save:
+        save_rig(found, save)
+    _give(found.row() | {"saved": str(save) if save else None}, as_json, shown(found))
+    say(f"next: {command('gemwright', 'plan', *(('--rig', save) if save else ()))}")
 
 
 @app.command()
@@ -307,6 +336,11 @@ def plan(
     rank: Annotated[int, typer.Option("--rank", help="LoRA rank.")] = 16,
     vram: Annotated[str | None, typer.Option("--vram", help="Video memory to stay within, e.g. 7.5GiB.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Every item, and what each number rests on.")] = False,
+    cost: Annotated[bool, typer.Option("--cost", help="What the job costs here, rented and by hosted API.")] = False,
+    tokens: Annotated[float, typer.Option("--tokens", help="Tokens of the job, trained or in and out each.")] = 1e6,
+    kwh: Annotated[float | None, typer.Option("--kwh", help="US$ a kWh of electricity.")] = None,
+    purchase: Annotated[float, typer.Option("--purchase", help="US$ the machine would cost (0: it is there).")] = 0.0,
+    prices: Annotated[Path | None, typer.Option("--prices", help="A TOML of your own prices.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what fits, how fast it will be and what it takes, before anything is downloaded or loaded.
@@ -316,8 +350,9 @@ def plan(
       gemwright plan
       gemwright plan 12b --for tune --rig rtx4060ti-8gb --explain
       gemwright plan ./gemma-3-4b-it-q4_0.gguf --for run --context 32768 --json
+      gemwright plan 4b --for run --cost --tokens 20e6
     """
-    from gemwright.plan.ask import ask
+    from gemwright.plan.ask import Money, ask
 
     asked = ask(
         model,
@@ -330,6 +365,7 @@ def plan(
         rank=rank,
         vram=vram,
         explain=explain,
+        money=Money(tokens, kwh, purchase, prices) if cost else None,
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     )
     _give(asked.result, as_json, "\n".join(asked.lines))

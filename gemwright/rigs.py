@@ -37,6 +37,7 @@ class Probes:
     """What `kernels.probe` measured here, and when (seconds since 1970); None where it could not."""
 
     measured_at: float = 0.0
+    gpu: str = ""
     link_to_gpu_bytes_s: float | None = None
     link_from_gpu_bytes_s: float | None = None
     link_both_bytes_s: float | None = None
@@ -91,19 +92,18 @@ def read_probes(machine: Machine) -> Probes | None:
         said = json.loads(probe_file(machine).read_text(encoding="utf-8"))
         known = {f.name for f in fields(Probes)}
         return _probes({key: value for key, value in said.items() if key in known})
-    except (OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged: as if never measured
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged: as if never measured
         return None
 
 
 def _probes(said: dict[str, Any]) -> Probes:
-    for name, value in said.items():
-        numeric = name.endswith(("_s", "_flops", "_bytes", "_at")) and name != "gpu_bf16_flops"
-        if numeric and value is not None and (isinstance(value, bool) or not 0 <= float(value) < 1e18):
-            raise ValueError(name)
+    """Raises ValueError or TypeError where a figure is none."""
     shapes = said.get("gpu_bf16_flops", {})
-    if not all(isinstance(rate, (int, float)) and 0 < rate < 1e18 for rate in shapes.values()):
-        raise ValueError("gpu_bf16_flops")
-    return Probes(**said | {"notes": tuple(map(str, said.get("notes", ())))})
+    rates = {name: said[name] for name in said if name.endswith(("_bytes_s", "_flops")) and name != "gpu_bf16_flops"}
+    for name, value in [*rates.items(), *shapes.items()]:
+        if value is not None and not 0 < float(value) < 1e18:
+            raise ValueError(name)
+    return Probes(**said | {"measured_at": float(said["measured_at"]), "notes": tuple(map(str, said.get("notes", ())))})
 
 
 def write_probes(machine: Machine, probes: Probes) -> Path:
@@ -141,7 +141,7 @@ def twin(gpu: Gpu) -> Rig | None:
 
 def _card(name: str) -> str:
     """A card's name without its maker and the form it comes in: "NVIDIA H100 80GB HBM3" is "h100"."""
-    noise = r"nvidia|geforce|laptop gpu|generation|tesla|sxm\d?|pcie|hbm\d?e?|\d+ ?gb|[^a-z0-9 ]"
+    noise = r"nvidia|geforce|laptop gpu|generation|tesla|sxm\d?|hbm\d?e?|\d+ ?gb|[^a-z0-9 ]"
     mobile = " mobile" if "laptop" in name.casefold() else ""
     return " ".join(re.sub(noise, " ", name.casefold()).split()) + mobile
 
@@ -151,21 +151,22 @@ class _Builder:
 
     def __init__(self, machine: Machine, probes: Probes) -> None:
         self.machine, self.probes = machine, probes
-        self.card = max(machine.gpus, key=lambda gpu: gpu.memory_total_bytes or 0, default=None)
+        measured = [gpu for gpu in machine.gpus if gpu.name == probes.gpu]
+        self.card = max(measured or machine.gpus, key=lambda gpu: gpu.memory_total_bytes or 0, default=None)
         self.twin = twin(self.card) if self.card else None
         self.basis: dict[str, str] = {}
         self.sources: dict[str, str] = {}
 
     def take(self, name: str, measured: float | None, assumed: float, why: str, how: str = "read here") -> float:
-        """`measured`, else the twin's figure of that name where it belongs to the card, else `assumed` (`why`)."""
+        """`measured`, else the twin's figure where it depends on the card, else `assumed` (`why`)."""
         if measured is not None:
-            self.basis[name], self.sources[name] = "measured", f"measured: {how}"
+            self.say(name, "measured", how)
             return measured
-        if self.twin is not None and name.startswith("gpu."):
-            self.basis[name] = "catalogue"
-            self.sources[name] = f"catalogue: {self.twin.name}"
-            return float(getattr(self.twin.gpu, name.removeprefix("gpu.")))
-        self.basis[name], self.sources[name] = "assumed", f"assumed: {why}"
+        if self.twin is not None and name.startswith(("gpu.", "watts_")):
+            self.say(name, "catalogue", self.twin.name)
+            part = self.twin.gpu if name.startswith("gpu.") else self.twin
+            return float(getattr(part, name.removeprefix("gpu.")))
+        self.say(name, "assumed", why)
         return assumed
 
     def whole(self, name: str, read: int | None, assumed: int, why: str) -> int:
@@ -184,6 +185,7 @@ class _Builder:
             total, left = self.card.memory_total_bytes, self.card.memory_free_bytes
             taken = total - left if total is not None and left is not None else None
             desktop = self.whole("desktop_bytes", taken, 512 << 20, "a desktop's share")
+            desktop = min(desktop, needed(gpu).vram_bytes - 1)
         idle = self.take("watts_idle", None, ASSUMED_WATTS_IDLE, "a desktop's")
         limit = self.card.power_limit_w if self.card else None
         more = limit if limit is not None else 150.0 if self.card else 0.0
@@ -217,37 +219,37 @@ class _Builder:
         return RigCpu(read.name or "unknown processor", min(cores, threads), threads, bf16, fp32)
 
     def gpu(self, ram: int, ram_s: float) -> RigGpu:
-        card, probes = needed(self.card), self.probes
+        card, probes, small = needed(self.card), self.probes, "a small card's"
         vram = self.whole("gpu.vram_bytes", card.memory_total_bytes, 8 << 30, "not readable")
-        flops = probes.gpu_bf16_flops.values()
-        rate = self.take("gpu.bf16_flops", max(flops, default=None), ASSUMED_GPU_FLOPS, "a small card's", "doctor")
-        memory = self.take(
-            "gpu.memory_bytes_s", probes.gpu_memory_bytes_s, ASSUMED_GPU_BYTES_S, "a small card's", "doctor"
-        )
+        if card.vendor == "apple":
+            vram = min(vram, ram)
+            self.say("gpu.vram_bytes", "assumed", "Metal's usual share of memory, or iogpu.wired_limit_mb")
+        flops = max(probes.gpu_bf16_flops.values(), default=None)
+        rate = self.take("gpu.bf16_flops", flops, ASSUMED_GPU_FLOPS, small, "doctor")
+        memory = self.take("gpu.memory_bytes_s", probes.gpu_memory_bytes_s, ASSUMED_GPU_BYTES_S, small, "doctor")
         link, both = self.link(card, ram_s)
-        return RigGpu(
-            card.name, min(vram, ram) if card.vendor == "apple" else vram, rate, memory, link, both, card.capability
-        )
+        return RigGpu(card.name, vram, rate, memory, link, both, card.capability)
 
     def link(self, card: Gpu, ram_s: float) -> tuple[float, float]:
         """One way and both; the slot that the card sits in says more than the catalogue, which knows another's."""
-        probes, slot = self.probes, card.slot_bytes_s
+        probes, slot, one, two = self.probes, card.slot_bytes_s, "gpu.link_bytes_s", "gpu.link_both_bytes_s"
         if card.vendor == "apple":
-            for name in ("gpu.link_bytes_s", "gpu.link_both_bytes_s"):
-                self.basis[name], self.sources[name] = "assumed", "assumed: one memory, as fast as a copy in it"
+            for name in (one, two):
+                self.say(name, "assumed", "one memory, as fast as a copy in it")
             return ram_s, ram_s
         if probes.link_to_gpu_bytes_s is None and slot is not None:
-            link = LINK_SHARE * slot
-            self.basis["gpu.link_bytes_s"] = "assumed"
-            where = f"PCIe Gen {card.pcie_gen_slot or card.pcie_gen_now} x{card.pcie_lanes_now}"
-            self.sources["gpu.link_bytes_s"] = f"assumed: {LINK_SHARE:.0%} of {where}"
+            link, lanes = LINK_SHARE * slot, card.pcie_lanes_now
+            self.say(one, "assumed", f"{LINK_SHARE:.0%} of PCIe Gen {card.pcie_gen_slot or card.pcie_gen_now} x{lanes}")
         else:
-            link = self.take("gpu.link_bytes_s", probes.link_to_gpu_bytes_s, ASSUMED_LINK_BYTES_S, "Gen 3 x8", "doctor")
-        both = probes.link_both_bytes_s
-        self.basis["gpu.link_both_bytes_s"] = "measured" if both else self.basis["gpu.link_bytes_s"]
-        why = "measured: doctor" if both else f"assumed: {BOTH_WAYS} times one way"
-        self.sources["gpu.link_both_bytes_s"] = why
-        return link, min(max(both or BOTH_WAYS * link, link), 2 * link)
+            link = self.take(one, probes.link_to_gpu_bytes_s, ASSUMED_LINK_BYTES_S, "Gen 3 x8", "doctor")
+        both = self.take(two, probes.link_both_bytes_s, BOTH_WAYS * link, "", "doctor")
+        if self.basis[two] != "measured" and self.basis[one] != "catalogue":
+            both = BOTH_WAYS * link
+            self.say(two, "assumed", f"{BOTH_WAYS} times one way")
+        return link, min(max(both, link), 2 * link)
+
+    def say(self, name: str, basis: str, why: str) -> None:
+        self.basis[name], self.sources[name] = basis, f"{basis}: {why}"
 
 
 def guessed_flops(cpu: Cpu, cores: int) -> float:

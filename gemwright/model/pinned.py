@@ -57,3 +57,15 @@ def _forget_error() -> None:
         torch.ones(1, device="cuda")
     except RuntimeError:
         return
+
+
+def can_lock(size: int) -> bool:
+    """Whether so many bytes can be locked now; they are given back at once."""
+    try:
+        buffer = host_buffer(size)
+    except (OSError, ValueError):
+        return False
+    if not lock(buffer):
+        return False
+    unlock(buffer)
+    return True

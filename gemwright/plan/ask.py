@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from gemwright.errors import InputError
 from gemwright.plan.answer import Answer, Purpose, Work, answer, every
+from gemwright.plan.cost import Cost, Settings, claims, claims_lines, cost_of
 from gemwright.plan.history import recall
 from gemwright.plan.model_bytes import ModelBytes, published, weigh
+from gemwright.plan.price_files import load_prices
 from gemwright.plan.table import rig_line, screen, table
 from gemwright.report import bytes_of
-from gemwright.rigs import load_rig, rig_names, this_machine
+from gemwright.rigs import Rig, load_rig, rig_names, this_machine
 from gemwright.spec import SPECS
 
 # What people are told of these sizes; `--all-rigs` shows it beside what is so.
@@ -21,6 +24,16 @@ CLAIMS = (
     "As it was claimed of an 8 GB card: 1B runs and fine-tunes; 4B crawls at 2-3 tokens/s and cannot be fine-tuned;",
     "12B and 27B are a pipe dream. As it is:",
 )
+
+
+@dataclass(frozen=True)
+class Money:
+    """A job to be priced: its tokens (trained, or read and written each) and what a person says of prices, in US$."""
+
+    tokens: float = 1e6
+    kwh: float | None = None
+    purchase: float = 0.0
+    prices: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ def ask(
     rank: int = 16,
     vram: str | None = None,
     explain: bool = False,
+    money: Money | None = None,
     colour: bool = False,
 ) -> Asked:
     """Answer a question about models on rigs. Raises InputError for what cannot be asked."""
@@ -70,7 +84,29 @@ def ask(
     _check(weighed, context, seq, rank)
     found = answer(_short(model), weighed, where, work(purpose or "tune"), seen)
     lines = screen(found, where, colour, explain=explain)
-    return Asked({"rig": where.name} | found.as_json(), lines, found.fits, _next(model, found))
+    result: dict[str, Any] = {"rig": where.name} | found.as_json()
+    if money is not None and found.fits:
+        cost = _priced(weighed, found, where, money)
+        lines, result = [*lines, "", *cost.lines()], result | {"cost": cost.as_json()}
+    return Asked(result, lines, found.fits, _next(model, found))
+
+
+def _priced(model: ModelBytes, found: Answer, rig: Rig, money: Money) -> Cost:
+    """The price of a job of so many tokens, trained or read and written."""
+    training = found.purpose == "tune"
+    seconds = money.tokens / found.tokens_per_s
+    if not training:
+        seconds += money.tokens / found.prefill_tokens_per_s
+    settings = Settings(
+        usd_per_kwh=money.kwh,
+        purchase_usd=money.purchase,
+        vram_gb=found.device_bytes / 1e9,
+        training=training,
+        watts_basis=rig.basis.get("watts_load", "the rig's"),
+        prices_file=money.prices,
+    )
+    written = 0.0 if training else money.tokens
+    return cost_of(seconds, rig.watts_load, money.tokens, written, model.spec.name, settings)
 
 
 def _room(vram: str | None) -> int | None:
@@ -123,7 +159,8 @@ def _next(model: str, found: Answer) -> tuple[str, ...]:
 def _all_rigs(model: str | None, works: Sequence[Work], colour: bool) -> Asked:
     names = [model] if model else list(SPECS)
     models = [(_short(name), _weighed(name)) for name in names]
-    lines, result = list(CLAIMS), []
+    prices = load_prices(None)
+    lines, result = [*claims_lines(claims(prices, date.today())), "", *CLAIMS], []
     for name in rig_names():
         rig = load_rig(name)
         answers = every(models, rig, works)

@@ -14,7 +14,7 @@ import pytest
 
 from gemwright import __version__
 
-VERBS = ("demo", "pull", "tune", "run", "chat", "score")
+VERBS = ("demo", "doctor", "pull", "tune", "run", "chat", "score")
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
