@@ -78,8 +78,8 @@ def ask(
         works = [work(purpose)] if purpose else [work("run"), work("tune")]
         answers = every([(name, published(name)) for name in SPECS], where, works, seen)
         lines = [rig_line(where), "", *table(answers, colour)]
-        result = {"rig": where.name, "answers": [found.as_json() for found in answers]}
-        return Asked(result, lines, True, ("plan", "12b", "--for", "tune", "--explain", *_named(rig)))
+        table_data = {"rig": where.name, "answers": [found.as_json() for found in answers]}
+        return Asked(table_data, lines, True, ("plan", "12b", "--for", "tune", "--explain", *_named(rig)))
     weighed = _weighed(model)
     _check(weighed, context, seq, rank)
     found = answer(_short(model), weighed, where, work(purpose or "tune"), seen)

@@ -35,14 +35,14 @@ def speed(answer: Answer) -> str:
 def rig_line(rig: Rig) -> str:
     """The rig in a line."""
     if rig.gpu is None:
-        card = "no GPU"
+        card = f"no GPU, {rig.cpu.name}"
     elif rig.unified:
         card = f"{rig.gpu.name}, memory shared with the processor"
     else:
         link = f"{rig.gpu.link_bytes_s / 1e9:.1f} GB/s to it"
         card = f"{rig.gpu.name}, {rig.gpu.vram_bytes / 2**30:.1f} GiB, {link}"
     ram = f"{rig.ram_available_bytes / 2**30:.0f} of {rig.ram_bytes / 2**30:.0f} GiB of RAM free"
-    return f"{rig.name}: {card}; {ram}; {rig.cpu.name}"
+    return f"{rig.name}: {card}; {ram}"
 
 
 def table(answers: Sequence[Answer], colour: bool) -> list[str]:

@@ -145,7 +145,7 @@ def arrange(
         for chunk in sorted({min(c, joined * job.row_tokens) for c in CHUNKS}, reverse=True):
             found = False
             for candidate in _candidates(job, budget, host_free, shares, keeps, joined, chunk):
-                made = _estimate(job, candidate, card)
+                made = estimate(job, candidate, card)
                 if smallest is None or made.predicted_bytes < smallest.predicted_bytes:
                     smallest = made
                 if made.predicted_bytes <= budget:
@@ -374,7 +374,7 @@ def head_peak(job: Job, plan: Arrangement, tokens: int) -> int:
     return 2 * 2 * tokens * d + positions * (2 * plan.head_rows + 2 * 4 * d + 2 * d)
 
 
-def _estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
+def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
     """With the seconds of a step: the longest of computing, launching, weights coming, activations moving, each way."""
     spec, tokens = job.spec, job.rows * job.row_tokens
     weights = {part: rows * cols for part, (rows, cols) in spec.linear_shapes.items()}

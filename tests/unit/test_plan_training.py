@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from gemwright.errors import DoesNotFit
 from gemwright.layout import Keep, adapter_parameters
-from gemwright.plan.training import Arrangement, Card, Job, arrange, described, itemise, itemised, kept_bytes
+from gemwright.plan.training import (
+    Arrangement,
+    Card,
+    Job,
+    arrange,
+    described,
+    estimate,
+    itemise,
+    itemised,
+    kept_bytes,
+)
 from gemwright.report import bytes_of
 from gemwright.spec import LINEARS, SPECS
 
@@ -120,3 +130,40 @@ def test_dora_and_determinism_cost_memory() -> None:
     plain = itemise(asked, plan).predicted_bytes
     for more in ({"dora": True}, {"deterministic": True}):
         assert itemise(replace(asked, **more), plan).predicted_bytes >= plain
+
+
+def exhaustive(asked: Job, budget: int, card: Card, host_free: int) -> float:
+    """The least seconds over a grid that the search itself never walks: any count of residents, layers here, chunk."""
+    layers, best = asked.spec.layers, float("inf")
+    tokens = asked.rows * asked.row_tokens
+    for joined in {1, asked.rows}:
+        for chunk in {c for c in (1024, 2048, 4096, 8192) if c <= joined * asked.row_tokens} | {
+            joined * asked.row_tokens
+        }:
+            for resident in range(0, layers + 1, max(1, layers // 12)):
+                for here in range(0, layers + 1, max(1, layers // 12)):
+                    for host in (Keep.INPUT, Keep.NARROW, Keep.HEADS):
+                        if kept_bytes(asked, host) * tokens * (layers - 2) > 0.7 * host_free and host > Keep.INPUT:
+                            continue
+                        for device in (Keep.INPUT, Keep.NARROW, Keep.HEADS, Keep.PRODUCTS):
+                            keep = tuple(device if i >= layers - here else host for i in range(layers))
+                            away = tuple(i < layers - here for i in range(layers))
+                            rows = 8192 if chunk >= 4096 else 4096
+                            slots = min(2, layers - resident)
+                            plan = Arrangement(resident, slots, keep, away, joined, chunk, min(8192, chunk), rows)
+                            plan = itemise(asked, plan)
+                            if plan.predicted_bytes <= budget:
+                                best = min(best, estimate(asked, plan, card).step_s)
+    return best
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "seq", "budget", "card"),
+    [("4b", 1, 2048, 7, H100), ("4b", 4, 512, 5, DESKTOP), ("1b", 2, 1024, 4, DESKTOP)],
+)
+def test_a_grid_finds_nothing_better_by_more_than_two_percent(
+    size: str, rows: int, seq: int, budget: int, card: Card
+) -> None:
+    asked = job(size, rows, seq)
+    found = arrange(asked, budget * GIB, card, 48 * GIB)
+    assert found.step_s <= 1.02 * exhaustive(asked, budget * GIB, card, 48 * GIB)
