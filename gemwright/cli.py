@@ -336,6 +336,9 @@ def plan(
     rank: Annotated[int, typer.Option("--rank", help="LoRA rank.")] = 16,
     vram: Annotated[str | None, typer.Option("--vram", help="Video memory to stay within, e.g. 7.5GiB.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Every item, and what each number rests on.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run it for a moment and print predicted beside measured.")
+    ] = False,
     cost: Annotated[bool, typer.Option("--cost", help="What the job costs here, rented and by hosted API.")] = False,
     tokens: Annotated[float, typer.Option("--tokens", help="Tokens of the job, trained or in and out each.")] = 1e6,
     kwh: Annotated[float | None, typer.Option("--kwh", help="US$ a kWh of electricity.")] = None,
@@ -368,6 +371,11 @@ def plan(
         money=Money(tokens, kwh, purchase, prices) if cost else None,
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     )
+    if verify and asked.fits:
+        from gemwright.verify import Wanted
+        from gemwright.verify import verify as measure
+
+        asked = measure(asked, model, rig, Wanted(seq, tokens_per_step, rank, vram, context))
     _give(asked.result, as_json, "\n".join(asked.lines))
     if not asked.fits:
         raise typer.Exit(3)

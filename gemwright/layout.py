@@ -79,3 +79,10 @@ def scratch_bytes(spec: ModelSpec, tails: Mapping[str, int]) -> int:
 def product_bytes(rows: int, width: int, tail: int) -> int:
     """What a product's rounded input of `rows` tokens takes for its time."""
     return rows_bytes(rows, width, tail) + 4 * rows
+
+
+def activation_bytes(spec: ModelSpec, tokens: int, itemsize: int) -> int:
+    """What the backward of all layers keeps of `tokens` tokens when nothing is recomputed."""
+    joint = sum(spec.linear_shapes[part][0] for part in ("q", "k", "v"))
+    heads = (2 * spec.heads + spec.kv_heads) * spec.head_dim
+    return spec.layers * tokens * itemsize * (7 * spec.hidden + joint + heads + 5 * spec.mlp)

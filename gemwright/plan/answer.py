@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gemwright.errors import DoesNotFit, GemwrightError
+from gemwright.layout import activation_bytes
 from gemwright.plan.history import FEWEST, Seen, correction
 from gemwright.plan.model_bytes import ModelBytes
 from gemwright.plan.running import CONTEXT_BYTES, Place, RunPlan, run_plan
@@ -162,17 +163,18 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
     trained = work.rank * spec.layers * sum(sum(shape) for shape in spec.linear_shapes.values())
     unpacked = 2 * (values * spec.layers + spec.vocab * spec.hidden)
     tokens = work.rows * work.seq
-    row = 2 * tokens * spec.hidden * spec.layers
     scratch = 2 * values + 2 * 4096 * spec.hidden + 8 * tokens * (spec.mlp + 4 * spec.hidden)
+    room = int(rig.ram_available_bytes * RAM_SHARE)
+    everything, inputs = activation_bytes(spec, tokens, 2), 2 * tokens * spec.hidden * spec.layers
+    again = everything > room // 4  # as the trainer decides: more than half of what it may use
     items = [
         ("host", "model file, mapped", model.total),
         ("host", "adapters, gradients, optimizer", 18 * trained),
-        ("host", "activations kept", row),
+        ("host", "activations kept", inputs if again else everything),
         ("host", "work space", scratch),
         ("host", "program", int(0.45 * GIB)),
     ]
     least = sum(count for _, _, count in items)
-    room = int(rig.ram_available_bytes * RAM_SHARE)
     if least > room:
         raise DoesNotFit(
             f"training it on a CPU needs {size(least)} of RAM, {size(rig.ram_available_bytes)} are free",
@@ -181,7 +183,7 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
     kept = min(unpacked, max(0, (room - least) // 2))
     items.append(("host", "layers kept unpacked", kept))
     flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * 0.3
-    recompute = 1.0 if kept == unpacked else 1.5
+    recompute = 1.5 if again else 1.0
     speed = CPU_SHARE * max(rig.cpu.bf16_flops, rig.cpu.fp32_flops) / (flops * recompute)
     words = f"on the CPU; {size(least + kept)} of RAM"
     return Answer(
@@ -190,7 +192,7 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
 
 
 def _run(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
-    host = Place(rig.ram_bytes_s, max(rig.cpu.fp32_flops, rig.cpu.bf16_flops), int(rig.ram_available_bytes * RAM_SHARE))
+    host = Place(rig.ram_bytes_s, rig.cpu.fp32_flops, int(rig.ram_available_bytes * RAM_SHARE))
     gpu = None
     if rig.gpu is not None and rig.unified:  # one memory, at the GPU's speed
         host = Place(rig.gpu.memory_bytes_s, rig.gpu.bf16_flops, int(rig.ram_bytes * UNIFIED_SHARE))
@@ -225,7 +227,8 @@ def _run_words(plan: RunPlan, model: ModelBytes) -> str:
         where = f"{plan.gpu_layers} of {layers} layers on the GPU"
     else:
         where = "on the CPU"
-    return f"{where}; {size(plan.device_bytes)} of video memory, {size(plan.host_bytes)} of RAM"
+    video = f"{size(plan.device_bytes)} of video memory, " if plan.device_bytes else ""
+    return f"{where}; {video}{size(plan.host_bytes)} of RAM"
 
 
 def every(

@@ -22,7 +22,7 @@ PROCESS_BYTES, CONTEXT_BYTES = 80 * MIB, 420 * MIB
 # Up to here our engine lets window layers keep everything, so that no cached prefix is computed again.
 WHOLE_CACHE_BYTES = 512 * MIB
 # The share of a memory's speed that reading packed weights reaches, and of a processor's that multiplying them does.
-READ_SHARE, MULTIPLY_SHARE = 0.85, 0.8
+READ_SHARE, MULTIPLY_SHARE = 0.72, 0.8
 # Types that llama.cpp keeps a second time in RAM, in an order that its CPU products read faster.
 REPACKED = ("Q4_0", "Q4_K")
 # What a token costs beside its products: sampling from 262,144, the server; and what a layer adds.

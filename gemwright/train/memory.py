@@ -7,8 +7,6 @@ import sys
 
 import psutil
 
-from gemwright.spec import ModelSpec
-
 
 def peak_rss_bytes() -> int:
     """The most ordinary memory that this process has held so far."""
@@ -23,13 +21,6 @@ def peak_rss_bytes() -> int:
 def rss_bytes() -> int:
     """The ordinary memory that this process holds now."""
     return int(psutil.Process().memory_info().rss)
-
-
-def activation_bytes(spec: ModelSpec, tokens: int, itemsize: int) -> int:
-    """What the backward of all layers keeps of `tokens` tokens when nothing is recomputed."""
-    joint = sum(spec.linear_shapes[part][0] for part in ("q", "k", "v"))
-    heads = (2 * spec.heads + spec.kv_heads) * spec.head_dim
-    return spec.layers * tokens * itemsize * (7 * spec.hidden + joint + heads + 5 * spec.mlp)
 
 
 def spare_bytes() -> int:

@@ -12,7 +12,7 @@ import torch
 
 from gemwright.errors import DoesNotFit, InputError
 from gemwright.kernels.dispatch import has_triton
-from gemwright.layout import Keep
+from gemwright.layout import Keep, activation_bytes
 from gemwright.model.activations import Activations, Offloaded, OnDevice
 from gemwright.model.decoder import Gemma
 from gemwright.model.lora import LoRA
@@ -23,7 +23,7 @@ from gemwright.plan.training import MIB, Arrangement, Card, Job, arrange, descri
 from gemwright.report import say
 from gemwright.train.batches import Encoded, Row, make_row
 from gemwright.train.config import TrainConfig
-from gemwright.train.memory import activation_bytes, keep_freed_memory, spare_bytes
+from gemwright.train.memory import keep_freed_memory, spare_bytes
 from gemwright.train.step import Work
 from gemwright.weights.model_file import ModelFile
 

@@ -1,0 +1,58 @@
+"""Runs a few steps of a planned fine-tune on random tokens and says what they took, beside what was predicted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from gemwright.model.precision import choose_dtype
+from gemwright.train.batches import Encoded
+from gemwright.train.config import TrainConfig
+from gemwright.train.memory import peak_rss_bytes
+from gemwright.train.optimizer import Optimizer
+from gemwright.train.setup import choose_device, set_up, use_expandable_segments
+from gemwright.train.step import forward_backward
+from gemwright.weights.model_file import open_model
+from gemwright.weights.pull import resolve_model
+
+# Of the tokens, how many are targets: about what chats have.
+LABELLED = 0.3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What steps took: the most bytes held on the device and in RAM, seconds of a step after the first."""
+
+    device_bytes: int
+    host_bytes: int
+    step_s: float
+    tokens_per_s: float
+
+
+def measure_tune(config: TrainConfig, steps: int = 3) -> Measured:
+    """Train `steps` steps (after one that is not counted) on random tokens; nothing is written."""
+    device = choose_device(config.device)
+    file = open_model(resolve_model(config.model))
+    use_expandable_segments()
+    setup = set_up(config, file, device, choose_dtype(config.precision, device))
+    draw = torch.Generator().manual_seed(config.seed)
+    optimizer, times, tokens = Optimizer(setup.lora, 0.0, 1.0), [], 0
+    try:
+        for step in range(steps + 1):
+            packed = [[_document(file.spec.vocab, config.seq, draw)] for _ in range(config.rows_per_step)]
+            start = time.perf_counter()
+            done = forward_backward(setup.model, setup.rows(packed), setup.work, setup.store, seed=step)
+            optimizer.update(1e-5, done.loss)
+            times.append(time.perf_counter() - start)
+            tokens = done.tokens
+    finally:
+        setup.close()
+    step_s = sorted(times[1:])[steps // 2]
+    return Measured(setup.peak_bytes(), peak_rss_bytes(), step_s, tokens / step_s)
+
+
+def _document(vocab: int, length: int, draw: torch.Generator) -> Encoded:
+    ids = torch.randint(0, vocab, (length,), generator=draw).tolist()
+    return Encoded(ids, (torch.rand(length, generator=draw) < LABELLED).tolist())
