@@ -57,10 +57,10 @@ RUN = [
 ]
 TUNE = [
     Case("tune", "270m", "Q4_K_M", seq=1024, held_out=False),
-    Case("tune", "270m", "Q4_K_M", seq=256, batch=2),
+    Case("tune", "270m", "Q4_K_M", seq=256, batch=2, held_out=False),
     Case("tune", "270m", "Q4_K_M", seq=2048, rank=64),
     Case("tune", "270m", "Q4_K_M", seq=512, batch=8, rank=8),
-    Case("tune", "1b", "Q4_0", seq=256),
+    Case("tune", "1b", "Q4_0", seq=256, held_out=False),
     Case("tune", "1b", "Q8_0", seq=512, rank=32),
 ]
 
