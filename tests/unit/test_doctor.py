@@ -22,7 +22,7 @@ from gemwright.engines.backends import AskLlama, LlamaBuild, TorchBuild, read_an
 from gemwright.findings import CHECKS, Seen, findings
 from gemwright.gpus import Gpu
 from gemwright.host import Cpu
-from gemwright.kernels import disk
+from gemwright.kernels import disk, probe
 from gemwright.kernels.probe import largest_pinned, measure
 from gemwright.machine import Machine, inspect
 from gemwright.rigs import Probes, load_rig
@@ -202,13 +202,54 @@ def test_measuring_this_machine(tmp_path: Path) -> None:
 
     steps: list[str] = []
     threads = torch.get_num_threads()
-    found = measure(inspect(folder=tmp_path / "new"), lambda size: True, lambda what, share: steps.append(what))
-    assert torch.get_num_threads() == threads and steps[-1] == "done"
+    found = measure(inspect(folder=tmp_path / "new"), lambda size: True, steps.append)
+    assert torch.get_num_threads() == threads and steps[:2] == ["RAM and CPU", "disk"]
     for value in (found.ram_bytes_s, found.cpu_bf16_flops, found.cpu_fp32_flops, found.disk_read_bytes_s):
         assert value is not None and 1e7 < value < 1e14
     assert list((tmp_path / "new").iterdir()) == []
     if not torch.cuda.is_available():
         assert found.gpu == "" and found.link_to_gpu_bytes_s is None and found.gpu_bf16_flops == {}
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card as torch shows it; what is timed on it is replaced by each test."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD.name)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(probe, "_link", lambda device: (6e9, 6.5e9, 9e9, 3e9))
+    monkeypatch.setattr(probe, "_device_copy_bytes_s", lambda device: 2.6e11)
+    monkeypatch.setattr(probe, "_gpu_flops", lambda device, *shape: 3e13)
+
+
+def test_a_card_is_measured(fake_cuda: None, tmp_path: Path) -> None:
+    found = measure(replace(SOUND, model_folder=str(tmp_path), ram_available_bytes=4 * GIB), lambda size: size <= GIB)
+    assert (found.gpu, found.largest_pinned_bytes, found.pinned_tried_bytes) == (CARD.name, GIB, 2 * GIB)
+    assert (found.link_to_gpu_bytes_s, found.link_both_bytes_s, found.gpu_memory_bytes_s) == (6e9, 9e9, 2.6e11)
+    assert found.gpu_bf16_flops == dict.fromkeys(("x".join(map(str, s)) for s in probe.SHAPES), 3e13)
+    assert found.notes == ()
+
+
+def test_a_full_or_broken_card_leaves_the_rest(
+    fake_cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def full(*given: object) -> float:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(probe, "_link", full)
+    monkeypatch.setattr(probe, "_gpu_flops", full)
+    here = replace(SOUND, model_folder=str(tmp_path))
+    found = measure(here, lambda size: False)
+    assert found.link_to_gpu_bytes_s is None and found.gpu_memory_bytes_s == 2.6e11 and found.gpu_bf16_flops == {}
+    assert found.ram_bytes_s and len(found.notes) == 1 + len(probe.SHAPES) and "\n" not in "".join(found.notes)
+    monkeypatch.setattr(torch.cuda, "current_device", full)
+    found = measure(here, lambda size: False)
+    assert found.gpu == "" and found.ram_bytes_s and "the GPU could not be measured" in found.notes[0]
 
 
 def test_disks_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
