@@ -22,6 +22,8 @@ GIB = 1 << 30
 TRAINER_BYTES = int(1.35 * GIB)
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
+# From this width on a CPU's products are as fast as they get.
+FULL_WIDTH = 850
 # Of unified memory, what macOS lets the GPU hold.
 UNIFIED_SHARE = 0.7
 # How far predictions were from measurements; said with each.
@@ -184,7 +186,8 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
     items.append(("host", "layers kept unpacked", kept))
     flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * 0.3
     recompute = 1.5 if again else 1.0
-    speed = CPU_SHARE * max(rig.cpu.bf16_flops, rig.cpu.fp32_flops) / (flops * recompute)
+    share = CPU_SHARE * min(1.0, spec.hidden / FULL_WIDTH)
+    speed = share * max(rig.cpu.bf16_flops, rig.cpu.fp32_flops) / (flops * recompute)
     words = f"on the CPU; {size(least + kept)} of RAM"
     return Answer(
         name, "tune", True, words, 0, least + kept, speed, 0.0, BANDS["tune, CPU"], items, {"device": "cpu"}, basis
