@@ -119,8 +119,7 @@ def doctor(
 
     if fresh and not probe:
         raise typer.BadParameter("--fresh measures, --no-probe does not")
-    with Progressing() as progress:
-        found = diagnose(probe=probe, fresh=fresh, on_progress=lambda what, share: progress.update(what, share))
+    found = diagnose(probe=probe, fresh=fresh, report=lambda what: say(f"measuring: {what}"))
     if save:
         save_rig(found, save)
     _give(found.row() | {"saved": str(save) if save else None}, as_json, shown(found))

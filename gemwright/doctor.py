@@ -17,7 +17,7 @@ from gemwright.machine import Machine, inspect
 from gemwright.rigs import Probes, Rig, read_probes, this_machine, write_probes
 
 GIB = 1 << 30
-OnProgress = Callable[[str, float], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,17 @@ class Diagnosis:
         return row | {"probes_age_s": age, "warnings": [asdict(finding) for finding in self.warnings]}
 
 
-def diagnose(
-    *, probe: bool = True, fresh: bool = False, on_progress: OnProgress = lambda what, share: None
-) -> Diagnosis:
+def diagnose(*, probe: bool = True, fresh: bool = False, report: Report = lambda what: None) -> Diagnosis:
     """Look at this machine; with `probe` measure what has not been measured yet, with `fresh` measure again.
 
-    Torch is imported only to measure.
+    What is being measured is told to `report`. Torch is imported only for it.
     """
     asked = AskLlama()
     machine = inspect()
     probes, llama = read_probes(machine), asked.answer()
     measured = probe and (fresh or probes is None)
     if measured:
-        probes = _measured(machine, on_progress)
+        probes = _measured(machine, report)
     build = torch_build()
     seen = Seen(machine, probes, build, llama, sys.platform == "win32")
     # What is none must be said, lest `this_machine` look for it again.
@@ -60,12 +58,12 @@ def diagnose(
     return Diagnosis(machine, probes, build, llama, rig, findings(seen), measured)
 
 
-def _measured(machine: Machine, on_progress: OnProgress) -> Probes:
+def _measured(machine: Machine, report: Report) -> Probes:
     """Measure and keep; a folder that cannot be written costs the keeping alone."""
     from gemwright.kernels.probe import measure
     from gemwright.model.pinned import can_lock
 
-    probes = measure(machine, can_lock, on_progress)
+    probes = measure(machine, can_lock, report)
     try:
         write_probes(machine, probes)
     except GemwrightError as error:

@@ -73,7 +73,8 @@ def no_gpu(seen: Seen) -> Iterator[tuple[str, str]]:
     """No graphics card was found, and why."""
     if not seen.machine.gpus:
         why = "; ".join(n for n in seen.machine.notes if n.startswith(("NVIDIA", "AMD"))) or "nothing answers"
-        yield f"no GPU was found ({why})", "Where there is one, install its driver; without one the CPU does the work."
+        inside = "give it to this container (docker: --gpus all)" if seen.machine.is_container else "install its driver"
+        yield f"no GPU was found ({why})", f"Where there is one, {inside}; without one the CPU does the work."
 
 
 @_code("M002")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,55 +24,31 @@ BLOCK_BYTES = 256 * MIB
 SHAPES = ((4096, 4096, 4096), (2048, 2560, 20_480), (2048, 5376, 43_008))
 SUSTAINED_S = 0.4
 PINNED_LIMIT_S = 6.0
-OnProgress = Callable[[str, float], None]
+Report = Callable[[str], None]
 TryLock = Callable[[int], bool]
 
 
-def measure(machine: Machine, can_lock: TryLock, on_progress: OnProgress = lambda what, share: None) -> Probes:
+def measure(machine: Machine, can_lock: TryLock, report: Report = lambda what: None) -> Probes:
     """Every figure that this machine gives; what it does not is None, with a sentence in `notes`.
 
     `can_lock(bytes)` says whether so much RAM can be locked for a GPU (`model.pinned`). Nothing raises but a fault.
     """
     started, notes = time.perf_counter(), list[str]()
-    on_progress("RAM and CPU", 0.0)
+    report("RAM and CPU")
     with _threads(min(machine.cpu.cores or 1, machine.cpu.threads or 1)):
         ram = _copy_bytes_s(notes)
         fp32, bf16 = (_cpu_flops(dtype) for dtype in (torch.float32, torch.bfloat16))
-    on_progress("disk", 0.3)
+    report("disk")
     disk, bypassed, why = read_bytes_s(Path(machine.model_folder), machine.disk_free_bytes)
     notes += [why] if why else []
-    on_progress("GPU", 0.5)
-    to_gpu = from_gpu = both = pageable = memory = None
-    flops: dict[str, float] = {}
-    largest = tried = None
-    card = ""
+    card: dict[str, Any] = {}
     if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-        card = torch.cuda.get_device_name(device)
-        to_gpu, from_gpu, both, pageable = _tried(lambda: _link(device), notes, "the link") or (None,) * 4
-        memory = _tried(lambda: _device_copy_bytes_s(device), notes, "video memory")
-        for rows, width, outputs in SHAPES:
-            name = f"{rows}x{width}x{outputs}"
-            rate = _tried(partial(_gpu_flops, device, rows, width, outputs), notes, f"products of {name}")
-            flops |= {name: rate} if rate else {}
-        on_progress("locked memory", 0.8)
-        bound = (machine.ram_available_bytes or 0) // 2
-        largest, tried = largest_pinned(bound, can_lock)
-        torch.cuda.empty_cache()
+        card = _tried(lambda: _card(machine, can_lock, report, notes), notes, "the GPU") or {}
     elif machine.gpus:
         notes.append("PyTorch finds no CUDA device: the GPU was not measured")
-    on_progress("done", 1.0)
     return Probes(
         measured_at=time.time(),
-        gpu=card,
-        link_to_gpu_bytes_s=to_gpu,
-        link_from_gpu_bytes_s=from_gpu,
-        link_both_bytes_s=both,
-        link_pageable_bytes_s=pageable,
-        largest_pinned_bytes=largest,
-        pinned_tried_bytes=tried,
-        gpu_memory_bytes_s=memory,
-        gpu_bf16_flops=flops,
+        **card,
         ram_bytes_s=ram,
         cpu_bf16_flops=bf16,
         cpu_fp32_flops=fp32,
@@ -82,6 +58,35 @@ def measure(machine: Machine, can_lock: TryLock, on_progress: OnProgress = lambd
         took_s=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def _card(machine: Machine, can_lock: TryLock, report: Report, notes: list[str]) -> dict[str, Any]:
+    """The fields of Probes that a CUDA card gives."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    name = torch.cuda.get_device_name(device)
+    report("locked memory")
+    # First: what the link's own buffers lock would count against a small limit.
+    largest, tried = largest_pinned((machine.ram_available_bytes or 0) // 2, can_lock)
+    report("GPU")
+    to_gpu, from_gpu, both, pageable = _tried(lambda: _link(device), notes, "the link") or (None,) * 4
+    memory = _tried(lambda: _device_copy_bytes_s(device), notes, "video memory")
+    flops: dict[str, float] = {}
+    for shape in SHAPES:
+        label = "x".join(map(str, shape))
+        rate = _tried(partial(_gpu_flops, device, *shape), notes, f"the product {label}")
+        flops |= {label: rate} if rate else {}
+    torch.cuda.empty_cache()
+    return {
+        "gpu": name,
+        "largest_pinned_bytes": largest,
+        "pinned_tried_bytes": tried,
+        "link_to_gpu_bytes_s": to_gpu,
+        "link_from_gpu_bytes_s": from_gpu,
+        "link_both_bytes_s": both,
+        "link_pageable_bytes_s": pageable,
+        "gpu_memory_bytes_s": memory,
+        "gpu_bf16_flops": flops,
+    }
 
 
 @contextmanager
