@@ -149,10 +149,11 @@ def _timed(model: ModelBytes, plan: RunPlan, host: Place, gpu: Place | None) -> 
     split = spec.layers - there
     weights = sum(r * c for r, c in spec.linear_shapes.values())
     head_there = plan.gpu_layers > spec.layers
-    token, prompt = _costs(model)
-    share = split / spec.layers * (1 if not head_there else 0)
-    packed = sum(model.by_type.values())
-    products_s = share * max(packed / (READ_SHARE * host.memory_bytes_s), 2 * token / host.flops)
+    linear, head, prompt = _costs(model)
+    share = split / spec.layers
+    reading = sum(model.layers[:split]) + (0 if head_there else model.embed)
+    flops = 2 * (share * linear + (0 if head_there else head))
+    products_s = max(reading / (READ_SHARE * host.memory_bytes_s), flops / host.flops)
     token_s = TOKEN_S + split * LAYER_S + products_s
     prompt_s = split * (2 * weights * prompt / (MULTIPLY_SHARE * host.flops) + PROMPT_LAYER_S)
     if gpu is not None and there:
@@ -163,15 +164,15 @@ def _timed(model: ModelBytes, plan: RunPlan, host: Place, gpu: Place | None) -> 
     return replace(plan, decode_tokens_per_s=1 / token_s, prefill_tokens_per_s=1 / prompt_s)
 
 
-def _costs(model: ModelBytes) -> tuple[float, float]:
-    """(fp32 products that one token's weights are worth, what a prompt's are a weight of the linear layers)."""
-    token, prompt, linear = 0.0, 0.0, 0.0
-    for kind, count in model.by_type.items():
-        weights = weights_of(count, kind)
-        token += weights * TOKEN_COST.get(kind, OTHER_COST[0])
-        if kind != model.embed_type or len(model.by_type) <= 2:
-            prompt, linear = prompt + weights * PROMPT_COST.get(kind, OTHER_COST[1]), linear + weights
-    return token, prompt / linear if linear else 1.0
+def _costs(model: ModelBytes) -> tuple[float, float, float]:
+    """In fp32 products: what one token's linear layers and head are worth, and a weight of a prompt's layers."""
+    types = dict(model.by_type)
+    types[model.embed_type] -= model.embed
+    weights = {kind: weights_of(count, kind) for kind, count in types.items() if count > 0}
+    linear = sum(count * TOKEN_COST.get(kind, OTHER_COST[0]) for kind, count in weights.items())
+    prompt = sum(count * PROMPT_COST.get(kind, OTHER_COST[1]) for kind, count in weights.items())
+    head = model.spec.vocab * model.spec.hidden * TOKEN_COST.get(model.embed_type, OTHER_COST[0])
+    return linear, head, prompt / sum(weights.values())
 
 
 def with_draft(plan: RunPlan, draft: RunPlan, accepted: float = 0.6, ahead: int = 4) -> float:

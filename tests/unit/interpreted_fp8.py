@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 
 from gemwright.kernels import fp8, triton_fp8
 from gemwright.kernels.triton_unpack import FORMATS, unpack
+from gemwright.layout import PITCH
 from gemwright.weights import quants
 
 BF16 = torch.bfloat16
@@ -65,7 +66,7 @@ def test_quantise_rows(rows: int, width: int, t: int, dtype: torch.dtype) -> Non
             out.view(torch.uint8).fill_(7)
             module.quantise_rows(x, out, scale, by, tail, gain, torch.tensor([1e-3]) if by is None else None)
         torch.testing.assert_close(*scales)
-        assert outs[0].shape == (rows, width + columns) and outs[0].stride(0) % fp8.PITCH == 0
+        assert outs[0].shape == (rows, width + columns) and outs[0].stride(0) % PITCH == 0
         assert_equal(outs[0][:, :width], outs[1][:, :width])
         for out, scale in zip(outs, scales, strict=True):
             if tail is not None:
