@@ -67,6 +67,12 @@ def matrix_bytes(rows: int, cols: int, kind: str) -> int:
     return rows * cols // values * size
 
 
+def weights_of(count: int, kind: str) -> float:
+    """How many weights `count` bytes of a type are."""
+    values, size = _BY_NAME[kind]
+    return count * values / size
+
+
 def published(name: str) -> ModelBytes:
     """The file that `gemwright pull NAME` fetches: 270m as Q4_K_M, larger instruction-tuned ones as Google's QAT Q4_0.
 

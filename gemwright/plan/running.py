@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from gemwright.errors import DoesNotFit, InputError
 from gemwright.layout import rounded
-from gemwright.plan.model_bytes import ModelBytes
+from gemwright.plan.model_bytes import ModelBytes, weights_of
 from gemwright.report import size
 from gemwright.spec import ModelSpec
 
@@ -21,12 +21,16 @@ CACHE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 PROCESS_BYTES, CONTEXT_BYTES = 80 * MIB, 420 * MIB
 # Up to here our engine lets window layers keep everything, so that no cached prefix is computed again.
 WHOLE_CACHE_BYTES = 512 * MIB
-# The share of a memory's speed that reading packed weights reaches, and of a processor's that multiplying them does.
-READ_SHARE, MULTIPLY_SHARE = 0.72, 0.8
+# Of a copy's bytes a second, those of reading alone; of a processor's fp32 products, those of a prompt's.
+READ_SHARE, GPU_READ_SHARE, MULTIPLY_SHARE = 1.4, 0.75, 0.87
+# What multiplying a weight of a type costs llama.cpp on a CPU, in fp32 products: for one token, and for a prompt.
+TOKEN_COST = {"Q4_0": 1.8, "Q4_K": 1.9, "Q5_0": 3.2, "Q5_K": 3.0, "Q6_K": 3.2, "Q8_0": 3.7, "F16": 3.0, "F32": 3.0}
+PROMPT_COST = {"Q4_0": 1.0, "Q4_K": 0.85, "Q5_0": 1.3, "Q5_K": 1.2, "Q6_K": 1.2, "Q8_0": 1.05, "F16": 1.8, "F32": 1.8}
+OTHER_COST = (3.2, 1.3)
 # Types that llama.cpp keeps a second time in RAM, in an order that its CPU products read faster.
 REPACKED = ("Q4_0", "Q4_K")
 # What a token costs beside its products: sampling from 262,144, the server; and what a layer adds.
-TOKEN_S, LAYER_S, PROMPT_LAYER_S, GPU_LAYER_S = 3.5e-3, 0.1e-3, 45e-6, 40e-6
+TOKEN_S, LAYER_S, PROMPT_LAYER_S, GPU_LAYER_S = 2.5e-3, 0.1e-3, 45e-6, 40e-6
 
 
 @dataclass(frozen=True)
@@ -145,17 +149,29 @@ def _timed(model: ModelBytes, plan: RunPlan, host: Place, gpu: Place | None) -> 
     split = spec.layers - there
     weights = sum(r * c for r, c in spec.linear_shapes.values())
     head_there = plan.gpu_layers > spec.layers
-    reading = sum(model.layers[:split]) + (0 if head_there else model.embed)
-    flops = 2 * (weights * split + (0 if head_there else spec.vocab * spec.hidden))
-    products_s = max(reading / (READ_SHARE * host.memory_bytes_s), flops / (MULTIPLY_SHARE * host.flops))
+    token, prompt = _costs(model)
+    share = split / spec.layers * (1 if not head_there else 0)
+    packed = sum(model.by_type.values())
+    products_s = share * max(packed / (READ_SHARE * host.memory_bytes_s), 2 * token / host.flops)
     token_s = TOKEN_S + split * LAYER_S + products_s
-    prompt_s = 2 * weights * split / (MULTIPLY_SHARE * host.flops) + split * PROMPT_LAYER_S
+    prompt_s = split * (2 * weights * prompt / (MULTIPLY_SHARE * host.flops) + PROMPT_LAYER_S)
     if gpu is not None and there:
         reading = sum(model.layers[split:]) + (model.embed if head_there else 0)
-        token_s += reading / (READ_SHARE * gpu.memory_bytes_s) + there * GPU_LAYER_S
+        token_s += reading / (GPU_READ_SHARE * gpu.memory_bytes_s) + there * GPU_LAYER_S
         prompt_s += 2 * weights * there / (0.5 * gpu.flops)
     prompt_s += 2 * spec.vocab * spec.hidden / (MULTIPLY_SHARE * host.flops) / BATCH
     return replace(plan, decode_tokens_per_s=1 / token_s, prefill_tokens_per_s=1 / prompt_s)
+
+
+def _costs(model: ModelBytes) -> tuple[float, float]:
+    """(fp32 products that one token's weights are worth, what a prompt's are a weight of the linear layers)."""
+    token, prompt, linear = 0.0, 0.0, 0.0
+    for kind, count in model.by_type.items():
+        weights = weights_of(count, kind)
+        token += weights * TOKEN_COST.get(kind, OTHER_COST[0])
+        if kind != model.embed_type or len(model.by_type) <= 2:
+            prompt, linear = prompt + weights * PROMPT_COST.get(kind, OTHER_COST[1]), linear + weights
+    return token, prompt / linear if linear else 1.0
 
 
 def with_draft(plan: RunPlan, draft: RunPlan, accepted: float = 0.6, ahead: int = 4) -> float:
