@@ -23,6 +23,7 @@ BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 _WINDOWS = {38: "sse4_2", 39: "avx", 40: "avx2", 41: "avx512f", 19: "neon", 43: "asimddp"}
 _APPLE = {"AdvSIMD": "neon", "FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16"}
 _NO_LIMIT = 1 << 60
+_V1_USED = "memory.usage_in_bytes"
 _SYSCTLS = ("machdep.cpu.brand_string", "iogpu.wired_limit_mb", *(f"hw.optional.arm.{name}" for name in _APPLE))
 
 
@@ -78,7 +79,9 @@ def read_cpu(notes: list[str], root: Path, facts: Mapping[str, str]) -> Cpu:
     name, extensions = _named(root, facts)
     if extensions is None:
         notes.append("the processor's vector extensions cannot be read")
-    return Cpu(name or platform.processor() or platform.machine() or None, cores, _usable_threads(), extensions)
+    return Cpu(
+        name or platform.processor() or platform.machine() or None, cores, _usable_threads(root, notes), extensions
+    )
 
 
 def _named(root: Path, facts: Mapping[str, str]) -> tuple[str | None, tuple[str, ...] | None]:
@@ -98,10 +101,14 @@ def _named(root: Path, facts: Mapping[str, str]) -> tuple[str | None, tuple[str,
     return name[1].strip() if name else None, tuple(e for e in EXTENSIONS if e in has) if flags else None
 
 
-def _usable_threads() -> int | None:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def _usable_threads(root: Path, notes: list[str]) -> int | None:
+    """Those that this process may run on, by its affinity and its control group's quota."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = _cgroup_threads(root) if sys.platform.startswith("linux") else None
+    if threads is not None and quota is not None and quota < threads:
+        notes.append(f"this container or control group may use {quota} of {threads} threads")
+        return quota
+    return threads
 
 
 def _windows_name() -> str | None:
@@ -166,30 +173,55 @@ def _meminfo(root: Path) -> tuple[int | None, int | None, int | None, int | None
 
 
 def _cgroup_limit(root: Path) -> tuple[int | None, int | None]:
-    """(bytes, bytes used) of the tightest memory limit over this process, cgroup v2 or v1, up to the root group."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        groups = []
-    # A container often sees its own group as the root one, whatever path it is told.
-    wanted = [("", "/", "memory.max", "memory.current")]
-    wanted += [("memory", "/", "memory.limit_in_bytes", "memory.usage_in_bytes")]
-    for line in groups:
-        _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if controllers == "":
-            wanted += [("", path, "memory.max", "memory.current"), ("unified", path, "memory.max", "memory.current")]
-        elif "memory" in controllers.split(","):
-            wanted.append(("memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    """(bytes, bytes used) of the tightest memory limit over this process."""
     found: list[tuple[int, int | None]] = []
-    for mount, path, limit_file, used_file in wanted:
-        base = root / "sys/fs/cgroup" / mount
-        steps = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(steps), -1, -1):
-            folder = base.joinpath(*steps[:depth])
+    for folder in _groups(root, "memory"):
+        for limit_file, used_file in (("memory.max", "memory.current"), ("memory.limit_in_bytes", _V1_USED)):
             limit = _count(folder / limit_file)
             if limit is not None and 0 < limit < _NO_LIMIT:
                 found.append((limit, _in_use(folder, used_file)))
     return min(found, key=lambda pair: pair[0], default=(None, None))
+
+
+def _cgroup_threads(root: Path) -> int | None:
+    """Processors that the tightest CPU quota over this process is worth, rounded up."""
+    found = []
+    for folder in _groups(root, "cpu"):
+        quota, period = (*_words(folder / "cpu.max"), "", "")[:2]
+        if not quota:
+            quota, period = ("".join(_words(folder / f"cpu.cfs_{what}_us")) for what in ("quota", "period"))
+        if quota.isdecimal() and period.isdecimal() and int(period):
+            found.append(-(-int(quota) // int(period)))
+    return max(1, min(found)) if found else None
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """The control groups over this process, v2 and v1, up to the root one."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    # A container often sees its own group as the root one, whatever path it is told.
+    wanted = [("", "/"), (controller, "/")]
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers == "":
+            wanted += [("", path), ("unified", path)]
+        elif controller in controllers.split(","):
+            wanted += [(controller, path), (controllers, path)]
+    folders: dict[Path, None] = {}
+    for mount, path in wanted:
+        steps = [part for part in path.split("/") if part not in ("", "..")]
+        base = root / "sys/fs/cgroup" / mount
+        folders |= dict.fromkeys(base.joinpath(*steps[:depth]) for depth in range(len(steps), -1, -1))
+    return list(folders)
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return []
 
 
 def _in_use(folder: Path, used_file: str) -> int | None:
@@ -204,10 +236,7 @@ def _in_use(folder: Path, used_file: str) -> int | None:
 
 
 def _count(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
+    text = "".join(_words(path))
     return int(text) if text.isdecimal() else None
 
 

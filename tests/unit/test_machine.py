@@ -105,6 +105,27 @@ def test_damaged_cgroup_lines(root: Path, line: str) -> None:
     assert inspect(root=root).memory_limit_bytes is None
 
 
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        ({"user.slice/cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu/docker/abc/cpu.cfs_quota_us": "300000", "cpu/docker/abc/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+        ({"cpu.max": "max 100000"}, 16),
+        ({"cpu.max": "5 0"}, 16),
+        ({"cpu.max": "6400000 100000"}, 16),
+    ],
+)
+def test_a_cpu_quota(root: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    put(root, "proc/self/cgroup", "4:cpu,cpuacct:/docker/abc\n0::/user.slice\n")
+    for name, text in files.items():
+        put(root, f"sys/fs/cgroup/{name}", text + "\n")
+    seen = inspect(root=root)
+    assert seen.cpu.threads == threads and bool(threads < 16) == any("of 16 threads" in n for n in seen.notes)
+
+
 def test_wsl(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(root, "proc/version", "Linux version 5.15.153.1-microsoft-standard-WSL2")
     assert inspect(root=root).is_wsl
