@@ -27,7 +27,15 @@ from gemwright.train.config import TrainConfig
 from gemwright.train.memory import peak_rss_bytes, rss_bytes
 from gemwright.train.optimizer import Optimizer, learning_rate
 from gemwright.train.plot import plot_loss
-from gemwright.train.setup import Setup, check_compute, choose_device, set_up, shrink, use_expandable_segments
+from gemwright.train.setup import (
+    Setup,
+    check_compute,
+    check_placing,
+    choose_device,
+    set_up,
+    shrink,
+    use_expandable_segments,
+)
 from gemwright.train.step import StepLoss, forward_backward
 from gemwright.weights.gguf_writer import write_gguf_lora
 from gemwright.weights.model_file import ModelFile, open_model
@@ -89,6 +97,7 @@ def tune(config: TrainConfig, on_progress: Callable[[Progress], None] | None = N
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     check_compute(config.compute, device)
+    check_placing(config, device)
     dtype = choose_dtype(config.precision, device)
     file = open_model(resolve_model(config.model))
     if config.seq > file.spec.context:

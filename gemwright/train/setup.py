@@ -96,6 +96,13 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
+def check_placing(config: TrainConfig, device: torch.device) -> None:
+    """InputError where a setting for video memory would do nothing."""
+    for name, default in (("vram", None), ("residency", "auto"), ("source", "auto")):
+        if device.type == "cpu" and getattr(config, name) != default:
+            raise InputError(f"--{name} is for a GPU, and the CPU is used", where=f"--{name}", fix="Leave it out.")
+
+
 def check_compute(compute: str, device: torch.device) -> None:
     """InputError where the device cannot compute as asked."""
     if compute != "fp8":

@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CHAT = '{"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "four"}]}\n'
@@ -143,7 +144,8 @@ def test_demo_never_replaces_what_is_not_a_demo(gemwright: Run, tmp_path: Path) 
 
 NONSENSE = [("--rank", "9999999"), ("--rank", "33"), ("--lr", "-1"), ("--targets", "q,nose"), ("--epochs", "0")]
 NONSENSE += [("--precision", "fp16"), ("--schedule", "steps"), ("--warmup", "2"), ("--clip", "0"), ("--patience", "0")]
-NONSENSE += [("--weight-decay", "-1")]
+NONSENSE += [("--weight-decay", "-1"), ("--vram", "lots"), ("--device", "tpu"), ("--residency", "nowhere")]
+NONSENSE += [] if torch.cuda.is_available() else [("--vram", "4GiB"), ("--device", "cuda"), ("--source", "pinned")]
 
 
 @pytest.mark.parametrize("option", NONSENSE, ids=" ".join)
