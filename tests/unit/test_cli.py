@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,10 @@ def test_pull_of_a_local_file(gemwright: Run, tiny_model: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process of its own")
 def test_interrupting_ends_with_one_line(tiny_model: Path) -> None:
     words = [sys.executable, "-m", "gemwright", "run", "-", "--model", str(tiny_model)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+    pipe = subprocess.PIPE
+    # Whoever runs the tests in the background has them ignore Ctrl-C, and what they start with them.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heard) as started:
         time.sleep(1.5)  # it waits for stdin
         started.send_signal(signal.SIGINT)
         shown = started.communicate()
