@@ -99,21 +99,6 @@ def model_path(case: Case, folder: Path) -> Path:
     return path
 
 
-def seconds(work, repeats: int = 5) -> float:
-    import torch
-
-    work()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
-
-
 def limit_s(case: Case) -> tuple[float, float]:
     """(seconds of a step's products, attention and head alone, FLOP/s of these products)."""
     import torch
@@ -121,6 +106,7 @@ def limit_s(case: Case) -> tuple[float, float]:
     from gemwright.kernels.attend import plan
     from gemwright.layout import GROUPS
     from gemwright.spec import SPECS
+    from gemwright.train.setup import median_s
 
     spec, device, bf16 = SPECS[case.size], torch.device("cuda"), torch.bfloat16
     tokens = case.batch * case.sequence
@@ -130,8 +116,8 @@ def limit_s(case: Case) -> tuple[float, float]:
         out, width = sum(spec.linear_shapes[p][0] for p in parts), spec.linear_shapes[parts[0]][1]
         w = torch.randn(out, width, device=device, dtype=bf16) * 0.02
         x, y = torch.randn(rows, width, device=device, dtype=bf16), torch.empty(rows, out, device=device, dtype=bf16)
-        forward = seconds(partial(torch.mm, x, w.t(), out=y))
-        products += 2 * forward + seconds(partial(torch.mm, y, w, out=torch.empty_like(x)))
+        forward = median_s(partial(torch.mm, x, w.t(), out=y))
+        products += 2 * forward + median_s(partial(torch.mm, y, w, out=torch.empty_like(x)))
         flops += 3 * 2 * rows * out * width
     attention, length = 0.0, min(case.sequence, rows)
     for window in (spec.window, None):
@@ -140,12 +126,12 @@ def limit_s(case: Case) -> tuple[float, float]:
         q = torch.randn(rows, spec.heads, spec.head_dim, device=device, dtype=bf16) / 16
         k, v = (torch.randn(rows, spec.kv_heads, spec.head_dim, device=device, dtype=bf16) for _ in range(2))
         out, kept = made.forward(q, k, v)
-        back = seconds(partial(made.backward, out, q, k, v, out, kept))
-        attention += share * (2 * seconds(partial(made.forward, q, k, v)) + back)
+        back = median_s(partial(made.backward, out, q, k, v, out, kept))
+        attention += share * (2 * median_s(partial(made.forward, q, k, v)) + back)
     head = torch.randn(16_384, spec.hidden, device=device, dtype=bf16)
     h = torch.randn(rows, spec.hidden, device=device, dtype=bf16)
     logits = h @ head.t()
-    a_chunk = seconds(partial(torch.mm, h, head.t(), out=logits)) + seconds(partial(torch.mm, logits, head))
+    a_chunk = median_s(partial(torch.mm, h, head.t(), out=logits)) + median_s(partial(torch.mm, logits, head))
     step = spec.layers * products + attention + a_chunk * spec.vocab / len(head)
     return step * tokens / rows, flops / products
 

@@ -371,10 +371,9 @@ def plan(
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     )
     if verify and asked.fits:
-        from gemwright.verify import Wanted
         from gemwright.verify import verify as measure
 
-        asked = measure(asked, model, rig, Wanted(seq, tokens_per_step, rank, vram, context))
+        asked = measure(asked, model, rig)
     _give(asked.result, as_json, "\n".join(asked.lines))
     if not asked.fits:
         raise typer.Exit(3)

@@ -80,14 +80,19 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """InputError where `path` is a file or a folder in use."""
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise InputError("output folder is in use", where=path, fix="Choose another --out, or remove it first.")
+
     @classmethod
     def create(cls, path: Path, config: dict[str, Any]) -> RunFolder:
         """Claim `path` for a new run and write its config.
 
         Raises InputError where the path is a file or a folder in use, MachineError where it cannot be made.
         """
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise InputError("output folder is in use", where=path, fix="Choose another --out, or remove it first.")
+        cls.check_new(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "lock").open("x", encoding="utf-8").close()

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gemwright.errors import InputError
+from gemwright.plan.answer import Work
 from gemwright.plan.ask import Asked
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What the plan was for: a step's tokens, or a context."""
-
-    seq: int
-    tokens_per_step: int
-    rank: int
-    vram: str | None
-    context: int
-
-
-def verify(asked: Asked, model: str | None, rig: str | None, wanted: Wanted) -> Asked:
+def verify(asked: Asked, model: str | None, rig: str | None) -> Asked:
     """The same answer with what a moment of it took. Raises InputError where it was asked of another machine."""
-    if model is None or rig is not None:
+    work = asked.work
+    if model is None or rig is not None or work is None:
         raise InputError(
             "only one model on this machine can be run", where="--verify", fix="Name a model, and no --rig."
         )
-    purpose = str(asked.result["for"])
-    if purpose == "tune":
-        rows, measured = _tune(asked.result, model, wanted)
+    if work.purpose == "tune":
+        rows, measured = _tune(asked.result, model, work)
     else:
-        rows, measured = _run(asked.result, model, wanted.context)
+        rows, measured = _run(asked.result, model, work.context)
     width = max(len(name) for name, *_ in rows)
     lines = [
         f"  {name:<{width}}  predicted {p:>9.3f}, measured {m:>9.3f} {unit} ({m / p - 1:+.0%})"
@@ -43,7 +33,7 @@ def verify(asked: Asked, model: str | None, rig: str | None, wanted: Wanted) -> 
 Rows = list[tuple[str, float, float, str]]
 
 
-def _tune(said: dict[str, Any], model: str, wanted: Wanted) -> tuple[Rows, dict[str, Any]]:
+def _tune(said: dict[str, Any], model: str, work: Work) -> tuple[Rows, dict[str, Any]]:
     from gemwright.train.config import TrainConfig
     from gemwright.train.verify import measure_tune
 
@@ -51,10 +41,10 @@ def _tune(said: dict[str, Any], model: str, wanted: Wanted) -> tuple[Rows, dict[
         data=Path("random"),
         model=model,
         out=Path("nowhere"),
-        seq=wanted.seq,
-        tokens_per_step=max(wanted.seq, wanted.tokens_per_step),
-        rank=wanted.rank,
-        vram=wanted.vram,
+        seq=work.seq,
+        tokens_per_step=work.tokens_per_step,
+        rank=work.rank,
+        vram=work.vram_bytes,
     )
     got = measure_tune(config)
     rows: Rows = [("tokens a second", said["tokens_per_s"], got.tokens_per_s, "tokens/s")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,8 +32,3 @@ def join(master: Tensor, table: Tensor, scale: float, rank: int, width: int, row
     grid = (blocks * table.shape[0],)
     power = 1 << (width - 1).bit_length()
     _join_adapters_kernel[grid](master, table, scale, blocks, RANK=rank, WIDTH=power, ROWS=_ROWS, num_warps=4)
-
-
-def joined_table(entries: list[tuple[int, int, int, int, int, int]], device: torch.device) -> Tensor:
-    """The entries of `join` on their device."""
-    return torch.tensor(entries, dtype=torch.int64).to(device)

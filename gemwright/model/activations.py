@@ -66,10 +66,6 @@ class Offloaded:
         self._refused = False
         self.copies = 1  # more of them stand for a slower link
 
-    def host_bytes(self) -> int:
-        """Host memory held for activations."""
-        return sum(buffer.numel() for buffer in self._buffers.values())
-
     def put(self, layer: int, row: int, x: Tensor, visit: LayerPass) -> None:
         """See `Activations.put`."""
         if not self._on_host[layer]:
@@ -117,11 +113,13 @@ class Offloaded:
             torch.cuda.current_stream(self._device).wait_event(self._leaving.popleft()[0])
 
     def close(self) -> None:
-        """Give the host memory back."""
+        """Give the memory back, the host's and the device's."""
         torch.cuda.synchronize(self._device)
         for buffer in self._buffers.values():
             self._release(buffer)
-        self._buffers.clear()
+        self._here = OnDevice()
+        for held in (self._buffers, self._leaving, self._away, self._back):
+            held.clear()
 
     def _release(self, buffer: Tensor) -> None:
         if buffer.data_ptr() in self._locked:

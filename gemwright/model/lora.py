@@ -131,7 +131,9 @@ class LoRA:
         cols, tail = shapes[parts[0]][1], rounded(width, TAIL_STEP)
         place = ((width, cols), (cols, 1), first.storage_offset())
         if self.master.is_cuda:
-            b = self._rooms.setdefault(group, torch.zeros(row, tail, dtype=dtype, device=self.master.device))
+            if group not in self._rooms:
+                self._rooms[group] = torch.zeros(row, tail, dtype=dtype, device=self.master.device)
+            b = self._rooms[group]
         else:
             b = torch.zeros(row, tail, dtype=dtype)
         return GroupLoRA(self._copy.as_strided(*place), b, tail, self.grad.as_strided(*place), blocks, magnitudes)
@@ -234,8 +236,6 @@ class LoRA:
 
     def _table(self, layer: int, targets: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """What `triton_join.join` is told of a layer, and the most rows of a part."""
-        from gemwright.kernels.triton_join import joined_table
-
         entries, tails = [], self.tails()
         for name, tail in targets.items():
             row, column, pitch = 0, 0, tail.stride(0)
@@ -245,7 +245,7 @@ class LoRA:
                 address = tail.data_ptr() + tail.element_size() * row * pitch
                 entries.append((at, rows, address, pitch, column, tails[name]))
                 row, column = row + rows, column + self.rank * adapted
-        return joined_table(entries, self.master.device), max(entry[1] for entry in entries)
+        return torch.tensor(entries).to(self.master.device), max(entry[1] for entry in entries)
 
     def pairs(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """(A, B) of every adapted linear layer by our names: views of `master`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, Union
 import torch
 from torch import Tensor
 
-from gemwright.layout import GROUPS
+from gemwright.layout import GROUPS, group_sizes
 from gemwright.spec import ModelSpec
 from gemwright.weights.model_file import ModelFile
 from gemwright.weights.quants import unpack
@@ -55,6 +55,21 @@ class Residency(Protocol):
         """Rows of the tied head for int64 `ids` [N], fp32 [N, hidden]."""
 
 
+def layer_norms(file: ModelFile, index: int, device: torch.device | None = None) -> dict[str, Tensor]:
+    """The norms of a layer as `LayerWeights` has them."""
+    norms = {name: file.norm(f"{index}.{name}") for name in file.spec.norm_shapes}
+    norms["q_norm"] = norms["q_norm"] * file.spec.query_scalar**-0.5
+    return {name: norm.to(device=device) for name, norm in norms.items()}
+
+
+def new_matrices(
+    spec: ModelSpec, dtype: torch.dtype, tails: Mapping[str, int] | None = None, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Room for a layer's matrices, `tails[group]` columns wider than they are."""
+    sizes = {g: (rows, cols + (tails or {}).get(g, 0)) for g, (rows, cols) in group_sizes(spec).items()}
+    return {group: torch.empty(size, dtype=dtype, device=device) for group, size in sizes.items()}
+
+
 class UnpackedResidency:
     """Weights in ordinary RAM: as many layers as `budget_bytes` holds stay unpacked, the rest use the scratch.
 
@@ -65,34 +80,24 @@ class UnpackedResidency:
         self.spec, self.dtype, self._file = file.spec, dtype, file
         self.vocab = self.spec.vocab
         self.final_norm = file.norm("final_norm")
-        self._norms = [self._layer_norms(i) for i in range(self.spec.layers)]
+        self._norms = [layer_norms(file, i) for i in range(self.spec.layers)]
         layer_bytes = sum(r * c for r, c in self.spec.linear_shapes.values()) * dtype.itemsize
         head_bytes = self.vocab * self.spec.hidden * dtype.itemsize
         left = layer_bytes * self.spec.layers + head_bytes if budget_bytes is None else budget_bytes
         self.kept_layers = min(self.spec.layers, left // layer_bytes)
         self.keeps_head = left - self.kept_layers * layer_bytes >= head_bytes
-        self._kept: dict[int, Mapping[str, Tensor]] = {}
-        self._scratch: Mapping[str, Tensor] | None = None
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._scratch: dict[str, Tensor] | None = None
         self._head: Tensor | None = None
-
-    def _layer_norms(self, index: int) -> dict[str, Tensor]:
-        norms = {name: self._file.norm(f"{index}.{name}") for name in self.spec.norm_shapes}
-        norms["q_norm"] = norms["q_norm"] * self.spec.query_scalar**-0.5
-        return norms
-
-    def _new_matrices(self) -> Mapping[str, Tensor]:
-        shapes = self.spec.linear_shapes
-        sizes = {g: (sum(shapes[p][0] for p in parts), shapes[parts[0]][1]) for g, parts in GROUPS.items()}
-        return {group: torch.empty(size, dtype=self.dtype) for group, size in sizes.items()}
 
     def layer(self, index: int) -> LayerWeights:
         """See `Residency.layer`."""
         if index in self._kept:
             return LayerWeights(self._kept[index], self._norms[index])
         if index < self.kept_layers:
-            matrices = self._kept[index] = self._new_matrices()
+            matrices = self._kept[index] = new_matrices(self.spec, self.dtype)
         else:
-            matrices = self._scratch = self._scratch or self._new_matrices()
+            matrices = self._scratch = self._scratch or new_matrices(self.spec, self.dtype)
         for group, parts in GROUPS.items():
             start = 0
             for part in parts:

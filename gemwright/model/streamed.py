@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemwright.layout import GROUPS
 from gemwright.model.fp8 import Fp8Scratch
-from gemwright.model.residency import LayerWeights
+from gemwright.model.residency import LayerWeights, layer_norms, new_matrices
 from gemwright.model.sources import LayerBytes, Source, SourceKind, open_source
 from gemwright.model.unpacked import unpack
 from gemwright.weights.model_file import ModelFile
@@ -48,13 +48,13 @@ class StreamedResidency:
         fp8: bool = False,
     ) -> None:
         self.spec, self.dtype, self.device, self._file = file.spec, dtype, device, file
-        self.vocab, self.head_chunk = self.spec.vocab, head_rows
+        self.vocab = self.spec.vocab
         self.final_norm = file.norm("final_norm").to(device)
-        self._norms = [self._layer_norms(i) for i in range(self.spec.layers)]
+        self._norms = [layer_norms(file, i, device) for i in range(self.spec.layers)]
         self._layers = [LayerBytes(file, i) for i in range(self.spec.layers)]
         self.streamed = [i for i in range(self.spec.layers) if i not in resident]
         self._embed = file.tensors["embed"].data.to(device)
-        self._scratch = {} if fp8 else self._new_matrices(tails or {})
+        self._scratch = {} if fp8 else new_matrices(self.spec, dtype, tails, device)
         self._fp8 = Fp8Scratch(self.spec, tails or {}, device) if fp8 else None
         self._head = torch.empty(head_rows, self.spec.hidden, dtype=dtype, device=device)
         self._moves = [[] if fp8 else self._moves_of(i) for i in range(self.spec.layers)]
@@ -78,10 +78,6 @@ class StreamedResidency:
         """How the streamed layers lie in host memory, or "none"."""
         return self._source.kind if self._source else "none"
 
-    def layer_bytes(self, index: int) -> int:
-        """Packed size of a layer."""
-        return self._layers[index].size
-
     def layer(self, index: int) -> LayerWeights:
         """See `Residency.layer`."""
         at = self._find(index)
@@ -98,7 +94,7 @@ class StreamedResidency:
         """See `Residency.release`; the stream's order does the rest."""
 
     def head_rows(self, start: int, stop: int) -> Tensor:
-        """See `Residency.head_rows`; at most `head_chunk` rows at once."""
+        """See `Residency.head_rows`; at most as many at once as were asked for."""
         stored = self._file.tensors["embed"]
         return unpack(self._embed[start:stop], stored.qtype, self._head[: stop - start])
 
@@ -120,21 +116,11 @@ class StreamedResidency:
         return float(sum(before.elapsed_time(after) for before, after in waits)) / 1000
 
     def close(self) -> None:
-        """Unlock host memory."""
+        """Unlock host memory and let go of the device's; nothing can be asked for afterwards."""
         if self._source:
             self._source.close()
-
-    def _layer_norms(self, index: int) -> dict[str, Tensor]:
-        norms = {name: self._file.norm(f"{index}.{name}") for name in self.spec.norm_shapes}
-        norms["q_norm"] = norms["q_norm"] * self.spec.query_scalar**-0.5
-        return {name: norm.to(self.device) for name, norm in norms.items()}
-
-    def _new_matrices(self, tails: Mapping[str, int]) -> dict[str, Tensor]:
-        shapes, made = self.spec.linear_shapes, {}
-        for group, parts in GROUPS.items():
-            rows, cols = sum(shapes[p][0] for p in parts), shapes[parts[0]][1] + tails.get(group, 0)
-            made[group] = torch.empty(rows, cols, dtype=self.dtype, device=self.device)
-        return made
+        self._slots, self._resident, self._scratch, self._fp8, self._moves = [], {}, {}, None, []
+        self._embed = self._head = self.final_norm
 
     def _bring(self, index: int) -> Tensor:
         layer = torch.empty(self._layers[index].size, dtype=torch.uint8, device=self.device)

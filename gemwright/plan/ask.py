@@ -38,12 +38,16 @@ class Money:
 
 @dataclass(frozen=True)
 class Asked:
-    """The answer's data, its lines for a terminal, whether it fits, and the words of the next command."""
+    """The answer's data, its lines for a terminal, whether it fits, the words of the next command, and what was asked.
+
+    `work` is None where it was more than one thing.
+    """
 
     result: dict[str, Any]
     lines: list[str]
     fits: bool
     next: Sequence[str]
+    work: Work | None = None
 
 
 def ask(
@@ -82,13 +86,14 @@ def ask(
         return Asked(table_data, lines, True, ("plan", "12b", "--for", "tune", "--explain", *_named(rig)))
     weighed = _weighed(model)
     _check(weighed, context, seq, rank)
-    found = answer(_short(model), weighed, where, work(purpose or "tune"), seen)
+    wanted = work(purpose or "tune")
+    found = answer(_short(model), weighed, where, wanted, seen)
     lines = screen(found, where, colour, explain=explain)
     result: dict[str, Any] = {"rig": where.name} | found.as_json()
     if money is not None and found.fits:
         cost = _priced(weighed, found, where, money)
         lines, result = [*lines, "", *cost.lines()], result | {"cost": cost.as_json()}
-    return Asked(result, lines, found.fits, _next(model, found))
+    return Asked(result, lines, found.fits, _next(model, found), wanted)
 
 
 def _priced(model: ModelBytes, found: Answer, rig: Rig, money: Money) -> Cost:

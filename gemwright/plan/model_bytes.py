@@ -7,8 +7,6 @@ ggml-org/ggml docs/gguf.md; sizes of blocks: ggml's type table.
 from __future__ import annotations
 
 import struct
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +150,9 @@ class HttpSource:
         self._at += size
 
     def _fetch(self, size: int) -> bytes:
+        import urllib.error  # with its TLS a third of the start of a plan that asks for no address
+        import urllib.request
+
         request = urllib.request.Request(self._url, headers={"Range": f"bytes={self._at}-{self._at + size - 1}"})
         try:
             with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:

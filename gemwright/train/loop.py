@@ -107,15 +107,17 @@ def tune(config: TrainConfig, on_progress: Callable[[Progress], None] | None = N
     check_targets(file.spec, config.rank, config.targets)
     examples = encode_file(config.data, Tokenizer.from_model(file).encode, config.train_on, config.seq)
     use_expandable_segments()
+    RunFolder.check_new(config.out)
     setup = set_up(config, file, device, dtype)
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(file.sha256)
+    try:
         run = RunFolder.create(config.out, _record(config, file, setup, examples))
         try:
-            return _train(config, file, setup, examples, run, report, digest)
+            with ThreadPoolExecutor(1) as pool:
+                return _train(config, file, setup, examples, run, report, pool.submit(file.sha256))
         finally:
             run.release()
-            setup.close()
+    finally:
+        setup.close()
 
 
 def _record(config: TrainConfig, file: ModelFile, setup: Setup, examples: list[Encoded]) -> dict[str, object]:
@@ -160,7 +162,8 @@ def _train(
             if done is None:
                 if shrunk:
                     break
-                shrunk, setup = True, shrink(setup, config, file)
+                shrunk = True
+                shrink(setup, config, file)
                 rows = setup.rows(packed)
                 say("video memory ran out: others took what was counted on; going on with less of it")
                 done = _attempt(setup, rows, config.seed + step)
@@ -194,8 +197,6 @@ def _train(
     except KeyboardInterrupt:
         if not losses:
             raise
-    finally:
-        setup.close()
     if not losses:
         raise MachineError(
             "video memory ran out in the first step", fix="Close other programs, or use a smaller --vram."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import psutil
 import torch
 
-from gemwright.errors import DoesNotFit, InputError
+from gemwright.errors import DoesNotFit, InputError, needed
 from gemwright.kernels.dispatch import has_triton
 from gemwright.layout import Keep, activation_bytes
 from gemwright.model.activations import Activations, Offloaded, OnDevice
@@ -43,7 +43,6 @@ class Setup:
     dtype: torch.dtype
     joined: int = 1
     arrangement: Arrangement | None = None
-    notes: list[str] = field(default_factory=list)
 
     def rows(self, packed: Sequence[Sequence[Encoded]]) -> list[Row]:
         """The micro-batches of a step from its packed rows of documents."""
@@ -235,16 +234,17 @@ def probe(device: torch.device) -> Card:
     x = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     host = torch.empty(block, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(block, dtype=torch.uint8, device=device)
-    product_s = _seconds(lambda: torch.mm(x, x))
-    copy_s = _seconds(lambda: there.copy_(host, non_blocking=True))
+    product_s = median_s(lambda: torch.mm(x, x))
+    copy_s = median_s(lambda: there.copy_(host, non_blocking=True))
     y = torch.empty_like(x).repeat(4, 1)
     z = torch.empty_like(y)
-    move_s = _seconds(lambda: z.copy_(y))
+    move_s = median_s(lambda: z.copy_(y))
     # A long run of products is slower than a short one, as the card's power limit has it.
     return Card(0.9 * 2 * side**3 / product_s, block / copy_s, 0.9 * 2 * y.numel() * y.element_size() / move_s)
 
 
-def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
+def median_s(work: Callable[[], object], repeats: int = 5) -> float:
+    """Seconds that the device takes for `work`, the median of some after one that is not counted."""
     work()
     times = []
     for _ in range(repeats):
@@ -257,24 +257,20 @@ def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
     return float(sorted(times)[len(times) // 2])
 
 
-def shrink(setup: Setup, config: TrainConfig, file: ModelFile) -> Setup:
-    """A smaller arrangement of the same step, after memory that was counted on was taken by others."""
-    device, dtype, plan = setup.device, setup.dtype, setup.arrangement
+def shrink(setup: Setup, config: TrainConfig, file: ModelFile) -> None:
+    """Lay the same step out smaller, after memory that was counted on was taken by others."""
+    device, plan = setup.device, needed(setup.arrangement)
     setup.close()
-    setup.model.residency, setup.store = _Gone(), OnDevice()  # type: ignore[assignment]
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    had = plan.predicted_bytes if plan else 0
-    left = free + torch.cuda.memory_reserved(device)
+    left, had = free + torch.cuda.memory_reserved(device), plan.predicted_bytes
     try:
         plan = plan_for(config, file, device, min(int(had * 0.85), left))
     except DoesNotFit:  # it was the smallest already
         plan = plan_for(config, file, device, min(had, left))
-    return on_gpu(plan, config, file, setup.lora, device, dtype)
-
-
-class _Gone:
-    """Stands where a closed residency was."""
+    new = on_gpu(plan, config, file, setup.lora, device, setup.dtype)
+    setup.model, setup.work, setup.store = new.model, new.work, new.store
+    setup.joined, setup.arrangement = new.joined, plan
 
 
 def use_expandable_segments() -> None:

@@ -71,7 +71,7 @@ def forward_backward(
     visits: list[list[LayerPass]] = []
 
     for layer in range(spec.layers):
-        weights, whole, above = residency.layer(layer), spec.is_global(layer), []
+        weights, whole = residency.layer(layer), spec.is_global(layer)
         last = layer == spec.layers - 1
         visits.append([])
         for r, row in enumerate(rows):
@@ -79,24 +79,20 @@ def forward_backward(
             visit = LayerPass(spec, layer, row.tables[whole], row.attention[whole], lora, seed=number, chunk=work.chunk)
             x = states[r]
             wanted = row.at if last and _few(row) else None
-            above.append(visit.forward(x, weights, wanted, work.kept(layer)))
+            states[r] = visit.forward(x, weights, wanted, work.kept(layer))
             store.put(layer, r, x, visit)
             visits[layer].append(visit)
-            states[r] = above[r]
             del x
         residency.release(layer)
 
     store.fetch(spec.layers - 1)
-    nll, gradients = torch.zeros((), device=states[0].device), []
-    for r, row in enumerate(rows):
+    nll, gradients = torch.zeros((), device=states[0].device), states
+    for r, row in enumerate(rows):  # each state gives way to its gradient
         if not _few(row):
-            states[r] = above[r] = states[r].index_select(0, row.at)
-        gradient = _head(model, states[r], row.targets, 1.0 / labelled, work, nll)
-        states[r] = above[r] = gradient
-        gradients.append(gradient if _few(row) else everywhere(gradient, row.at, len(row.ids)))
-        states[r] = above[r] = gradients[r]
-        del gradient
-    del states, above
+            states[r] = states[r].index_select(0, row.at)
+        gradients[r] = _head(model, states[r], row.targets, 1.0 / labelled, work, nll)
+        if not _few(row):
+            gradients[r] = everywhere(gradients[r], row.at, len(row.ids))
 
     for layer in reversed(range(spec.layers)):
         weights = residency.layer(layer)
