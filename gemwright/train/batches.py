@@ -122,20 +122,19 @@ def make_row(
 
 
 def steps(
-    examples: Sequence[Encoded],
-    seq: int,
-    rows_per_step: int,
-    seed: int,
+    examples: Sequence[Encoded], seq: int, rows_per_step: int, seed: int, first: int = 0
 ) -> Iterator[tuple[float, list[list[Encoded]]]]:
-    """Endless steps of up to `rows_per_step` rows of documents, each with the epochs passed after it.
+    """Endless steps of up to `rows_per_step` rows of documents from step `first` on, each with the epochs passed after it.
 
-    No step spans two epochs.
+    No step spans two epochs. A pure function of its arguments: the steps from `first` on are the same whoever asks.
     """
-    epoch = 0
+    passed_steps, epoch = 0, 0
     while True:
         rows = pack(examples, seq, seed, epoch)
         for start in range(0, len(rows), rows_per_step):
-            chosen = rows[start : start + rows_per_step]
-            passed = epoch + (start + len(chosen)) / len(rows)
-            yield passed, [[examples[i] for i in members] for members in chosen]
+            if passed_steps >= first:
+                chosen = rows[start : start + rows_per_step]
+                passed = epoch + (start + len(chosen)) / len(rows)
+                yield passed, [[examples[i] for i in members] for members in chosen]
+            passed_steps += 1
         epoch += 1

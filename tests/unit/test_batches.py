@@ -80,6 +80,14 @@ def test_positions_begin_anew_in_each_document() -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@given(Lengths, st.integers(1, 5), st.integers(0, 40))
+def test_steps_go_on_from_anywhere(lengths: list[int], rows_per_step: int, first: int) -> None:
+    made = examples(lengths)
+    whole = itertools.islice(steps(made, SEQ, rows_per_step, 3), first, first + 5)
+    assert list(whole) == list(itertools.islice(steps(made, SEQ, rows_per_step, 3, first), 5))
+
+
+@settings(max_examples=30, deadline=None)
 @given(Lengths, st.integers(1, 5), st.integers(0, 99))
 def test_steps_go_through_whole_epochs(lengths: list[int], rows_per_step: int, seed: int) -> None:
     made = [Encoded([BOS, 100 + i, *[7] * (n - 1)], [False] + [True] * n) for i, n in enumerate(lengths)]
