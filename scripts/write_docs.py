@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,11 @@ def cli_page() -> str:
     from gemwright.cli import app
 
     runner, parts = CliRunner(), [HEAD]
-    for verb in ["", *get_command(app).commands]:
+    verbs = [
+        [name, *(f"{name} {inner}" for inner in getattr(verb, "commands", ()))]
+        for name, verb in get_command(app).commands.items()
+    ]
+    for verb in ["", *itertools.chain(*verbs)]:
         shown = runner.invoke(app, [*verb.split(), "--help"], prog_name="gemwright").stdout
         lines = "\n".join(line.rstrip() for line in shown.strip().splitlines())
         parts.append(f"## `{' '.join(['gemwright', *verb.split()])}`\n")
