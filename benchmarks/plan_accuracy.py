@@ -73,7 +73,8 @@ def gpu_cases() -> list[Case]:
         for index, (seq, batch) in enumerate(shapes):
             cap = (6.0, 8.0, 12.0, 24.0)[(index + len(size)) % 4]
             rank = (8, 16, 64, 128)[index % 4]
-            kind = ("Q4_0", "Q4_K_M", "Q8_0")[(index + len(cases)) % 3]
+            kinds = {"12b": ("Q4_0", "Q8_0"), "27b": ("Q4_0", "Q4_K_M")}.get(size, ("Q4_0", "Q4_K_M", "Q8_0"))
+            kind = kinds[index % len(kinds)]
             how = "streamed" if index % 3 == 2 else "auto"
             cases.append(Case("tune", size, kind, 0, seq, batch, rank, cap, how, "cuda", len(cases) % 2 == 1))
         cases.append(Case("tune", size, "Q4_0", 0, 2048, 2, 16, None, "resident", "cuda", len(cases) % 2 == 1))
@@ -104,7 +105,8 @@ def measure(case: Case, folder: Path) -> list[dict]:
 
     path = model_path(case, folder)
     vram = None if case.cap_gib is None else int(case.cap_gib * GIB)
-    work = Work(case.purpose, case.seq, case.seq * case.batch, case.rank, max(case.context, 1), vram)
+    tokens = case.seq * case.batch
+    work = Work(case.purpose, case.seq, tokens, case.rank, max(case.context, 1), vram, case.residency)
     said = answer(case.size, weigh(path), this_machine(), work, hint=False)
     if not said.fits:
         return [row("device", case, 0, 0) | {"error": said.what}]

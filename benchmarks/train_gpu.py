@@ -5,9 +5,10 @@
     python benchmarks/train_gpu.py --more                     # other formats, sources, slower links, no cap
 
 Weights are random, in the true shapes. Every configuration is a process of its own, in which it runs under
-`torch.cuda.set_per_process_memory_fraction` after its resident twin without a cap, and after the limit: three passes of
-products over every linear, flash attention, the head on all positions. Beyond 8,192 tokens a row the limit counts the
-attention of 8,192 only. Every position has a label. Runs from the source tree.
+`torch.cuda.set_per_process_memory_fraction` after its resident twin (no cap, nothing streamed or offloaded, each layer
+keeping what it keeps under the cap), and after the limit: three passes of products over every linear, flash attention,
+the head on all positions. Beyond 8,192 tokens a row the limit counts the attention of 8,192 only. Every position has a
+label. Runs from the source tree.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ MORE = [
     Case("12b", 1, 2048, source="pageable"),
     Case("12b", 4, 2048, source="pageable"),
     Case("4b", 4, 2048, residency="streamed"),
+    Case("27b", 4, 2048, None),
+    Case("27b", 1, 2048, None),
     Case("4b", 4, 2048, None),
     Case("12b", 4, 2048, 24.0),
     Case("1b", 4, 2048),
@@ -85,7 +88,7 @@ MORE = [
 
 
 def resident(case: Case) -> Case:
-    """The same work with the whole card to itself."""
+    """The same work with nothing streamed and no cap."""
     return replace(case, cap_gib=None, residency="resident", source="auto", link_copies=1)
 
 
@@ -150,15 +153,40 @@ def slow_link(setup, copies: int) -> None:
     store.copies = copies
 
 
-def run(case: Case, folder: Path, steps: int, limit: tuple[float, float], aside_s: float) -> dict:
+def config_of(case: Case, file):
+    from gemwright.train.config import TrainConfig
+
+    return TrainConfig(
+        data="none",
+        model=str(file.path),
+        out="none",
+        seq=case.sequence,
+        tokens_per_step=case.batch * case.sequence,
+        rank=RANK,
+        vram=None if case.cap_gib is None else int(case.cap_gib * GIB),
+        residency=case.residency,
+        source=case.source,
+        recompute=case.recompute,
+        compute=case.compute,
+    )
+
+
+def planned(case: Case, file, device):
+    from gemwright.train.setup import plan_for
+
+    return plan_for(config_of(case, file), file, device, link_share=1 / case.link_copies)
+
+
+def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, float], aside_s: float) -> dict:
+    """Measure `case`, its layers keeping what they keep in `like`."""
     import psutil
     import torch
 
+    from gemwright.plan.training import itemise
     from gemwright.train.batches import Encoded
-    from gemwright.train.config import TrainConfig
     from gemwright.train.memory import peak_rss_bytes
     from gemwright.train.optimizer import Optimizer
-    from gemwright.train.setup import new_lora, on_gpu, plan_for, use_expandable_segments
+    from gemwright.train.setup import job_of, new_lora, on_gpu, probe, use_expandable_segments
     from gemwright.train.step import forward_backward
     from gemwright.weights.model_file import open_model
 
@@ -167,22 +195,12 @@ def run(case: Case, folder: Path, steps: int, limit: tuple[float, float], aside_
     best_s, flops = limit
     torch.cuda.empty_cache()
     tokens = case.batch * case.sequence
-    extra = {"compute": case.compute} if case.compute != "bf16" else {}
-    config = TrainConfig(
-        data="none",
-        model=str(file.path),
-        out="none",
-        seq=case.sequence,
-        tokens_per_step=tokens,
-        rank=RANK,
-        vram=None if case.cap_gib is None else int(case.cap_gib * GIB),
-        residency=case.residency,
-        source=case.source,
-        recompute=case.recompute,
-        **extra,
-    )
+    config = config_of(case, file)
     start = time.perf_counter()
-    plan = plan_for(config, file, device, link_share=1 / case.link_copies)
+    plan = planned(like, file, device)
+    if case != like:
+        plan = replace(planned(case, file, device), keep=plan.keep, on_host=(False,) * file.spec.layers)
+        plan = itemise(job_of(config, file), plan)
     lora = new_lora(config, file, device, torch.bfloat16)
     setup = on_gpu(plan, config, file, lora, device, torch.bfloat16)
     if case.link_copies > 1:
@@ -236,6 +254,7 @@ def run(case: Case, folder: Path, steps: int, limit: tuple[float, float], aside_
         "file_bytes": file.bytes(),
         "source_kind": source_kind,
         "plan": plan.summary(),
+        "card": probe(device)._asdict(),
         "losses": losses,
         "device": name,
     }
@@ -303,7 +322,7 @@ def run_all(cases: list[Case], options: argparse.Namespace) -> list[dict]:
     model_path(cases[-1], options.models)
     limit, rows = limit_s(cases[-1]), []
     for case in cases:
-        rows.append(run(case, options.models, options.steps, limit, time.perf_counter() - start))
+        rows.append(run(case, cases[-1], options.models, options.steps, limit, time.perf_counter() - start))
         start = -1e9  # only the first case of a process begins with its command
         gc.collect()
     return rows

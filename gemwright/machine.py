@@ -12,7 +12,7 @@ from gemwright.gpus import Gpu, find_gpus
 from gemwright.host import Cpu, Memory, apple_facts, in_container, in_wsl, read_cpu, read_memory
 from gemwright.runs import home
 
-__all__ = ["Cpu", "Gpu", "Machine", "inspect"]
+__all__ = ["Cpu", "Gpu", "Machine", "available_ram_bytes", "inspect"]
 # The part of unified memory that Metal lets the GPU use: 2/3, from 36 GiB on 3/4 (its recommendedMaxWorkingSetSize).
 _LARGE_UNIFIED = 36 << 30
 
@@ -71,6 +71,11 @@ def inspect(*, folder: Path | None = None, root: Path = Path("/")) -> Machine:
         disk_free,
         tuple(notes),
     )
+
+
+def available_ram_bytes() -> int:
+    """What is free of RAM now, and of the container's part of it; 0 where that cannot be read."""
+    return _available(read_memory([], Path("/"))) or 0
 
 
 def _available(memory: Memory) -> int | None:

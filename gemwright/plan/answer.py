@@ -11,7 +11,7 @@ from gemwright.layout import activation_bytes
 from gemwright.plan.history import FEWEST, Seen, correction
 from gemwright.plan.model_bytes import ModelBytes
 from gemwright.plan.running import CONTEXT_BYTES, Place, RunPlan, run_plan
-from gemwright.plan.training import Arrangement, Card, Job, arrange, described
+from gemwright.plan.training import CHAT_LABELLED, Arrangement, Card, Job, arrange, described
 from gemwright.report import size
 from gemwright.rig_file import Rig
 from gemwright.spec import LINEARS
@@ -40,6 +40,7 @@ class Work:
     rank: int = 16
     context: int = 4096
     vram_bytes: int | None = None
+    residency: str = "auto"
 
     @property
     def rows(self) -> int:
@@ -109,13 +110,18 @@ def budget_of(rig: Rig, work: Work) -> int:
     return rig.gpu.vram_bytes - CONTEXT_BYTES - rig.desktop_bytes
 
 
+def room_for_activations(available: int, file_bytes: int) -> int:
+    """Bytes of `available` RAM that are left beside a mapped model file and the trainer itself; may be negative."""
+    return int(available * RAM_SHARE) - file_bytes - TRAINER_BYTES
+
+
 def _tune(name: str, model: ModelBytes, rig: Rig, work: Work, seen: list[Seen], *, hint: bool) -> Answer:
     basis = {"model": model.basis} | dict(rig.basis)
     if rig.gpu is None or rig.unified or (rig.gpu.capability or (8, 0)) < (8, 0):
         return _tune_on_cpu(name, model, rig, work, basis)
     card = Card(rig.gpu.bf16_flops, rig.gpu.link_bytes_s, rig.gpu.memory_bytes_s)
-    job = Job(model.spec, model.largest_layer, model.embed, work.rank, LINEARS, work.seq, work.rows)
-    free = int(rig.ram_available_bytes * RAM_SHARE) - model.total - TRAINER_BYTES
+    job = Job(model.spec, model.largest_layer, model.embed, work.rank, LINEARS, work.seq, work.rows, CHAT_LABELLED)
+    free = room_for_activations(rig.ram_available_bytes, model.total)
     if free < 0:
         raise DoesNotFit(
             f"the file of {size(model.total)} and the program need more than the {size(rig.ram_available_bytes)} of "
@@ -123,7 +129,7 @@ def _tune(name: str, model: ModelBytes, rig: Rig, work: Work, seen: list[Seen], 
             fix="Free some RAM.",
         )
     budget = budget_of(rig, work)
-    plan = arrange(job, budget, card, free)
+    plan = arrange(job, budget, card, free, residency=work.residency)
     tokens = job.rows * job.row_tokens
     host = model.total + plan.host_bytes + TRAINER_BYTES
     items = [("device", item, count) for item, count in plan.items.items() if count]
@@ -184,7 +190,7 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
         )
     kept = min(unpacked, max(0, (room - least) // 2))
     items.append(("host", "layers kept unpacked", kept))
-    flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * 0.3
+    flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * CHAT_LABELLED
     recompute = 1.5 if again else 1.0
     share = CPU_SHARE * min(1.0, spec.hidden / FULL_WIDTH)
     speed = share * max(rig.cpu.bf16_flops, rig.cpu.fp32_flops) / (flops * recompute)

@@ -32,6 +32,8 @@ MIB = 1 << 20
 LIBRARY_BYTES = 72 * MIB
 SLACK = 0.025
 MICRO_TOKENS = 8192
+# Of the tokens of chats, how many are targets, where nobody knows better.
+CHAT_LABELLED = 0.3
 CHUNKS = (8192, 4096, 2048, 1024)
 HOST_SHARE = 0.7
 # Bytes a second over a link that is busy both ways, beside those of one way.

@@ -124,7 +124,7 @@ def make_row(
 def steps(
     examples: Sequence[Encoded], seq: int, rows_per_step: int, seed: int, first: int = 0
 ) -> Iterator[tuple[float, list[list[Encoded]]]]:
-    """Endless steps of up to `rows_per_step` rows of documents from step `first` on, each with the epochs passed after it.
+    """Endless steps of up to `rows_per_step` rows of documents, from step `first` on, each with the epochs passed then.
 
     No step spans two epochs. A pure function of its arguments: the steps from `first` on are the same whoever asks.
     """

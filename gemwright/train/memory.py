@@ -7,6 +7,8 @@ import sys
 
 import psutil
 
+from gemwright.machine import available_ram_bytes
+
 
 def peak_rss_bytes() -> int:
     """The most ordinary memory that this process has held so far."""
@@ -25,7 +27,7 @@ def rss_bytes() -> int:
 
 def spare_bytes() -> int:
     """Half of the memory that is free now: what may go into unpacked weights and kept activations."""
-    return int(psutil.virtual_memory().available) // 2
+    return available_ram_bytes() // 2
 
 
 def keep_freed_memory() -> bool:

@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import psutil
 import torch
 
 from gemwright.errors import DoesNotFit, InputError, needed
 from gemwright.kernels.dispatch import has_triton
 from gemwright.layout import Keep, activation_bytes
+from gemwright.machine import available_ram_bytes
 from gemwright.model.activations import Activations, Offloaded, OnDevice
 from gemwright.model.decoder import Gemma
 from gemwright.model.lora import LoRA
 from gemwright.model.residency import UnpackedResidency
 from gemwright.model.sources import LayerBytes
 from gemwright.model.streamed import StreamedResidency, spread
+from gemwright.plan.answer import room_for_activations
 from gemwright.plan.training import MIB, Arrangement, Card, Job, arrange, described, itemised
 from gemwright.report import say
 from gemwright.train.batches import Encoded, Row, make_row
@@ -117,8 +118,8 @@ def check_compute(compute: str, device: torch.device) -> None:
     raise InputError(why, where="--compute", fix="Use --compute bf16.")
 
 
-def job_of(config: TrainConfig, file: ModelFile) -> Job:
-    """What the configuration asks the GPU to hold."""
+def job_of(config: TrainConfig, file: ModelFile, labelled: float = 1.0) -> Job:
+    """What the configuration asks the GPU to hold; `labelled` of its tokens are targets."""
     largest = max(LayerBytes(file, i).size for i in range(file.spec.layers))
     return Job(
         file.spec,
@@ -128,6 +129,7 @@ def job_of(config: TrainConfig, file: ModelFile) -> Job:
         config.targets,
         config.seq,
         config.rows_per_step,
+        labelled,
         deterministic=config.deterministic,
         dora=config.dora,
         fp8=config.compute == "fp8",
@@ -147,11 +149,16 @@ def budget_bytes(vram: int | None, device: torch.device) -> int:
     return vram
 
 
-def set_up(config: TrainConfig, file: ModelFile, device: torch.device, dtype: torch.dtype) -> Setup:
-    """Load a model and new adapters for training on `device`; on a GPU exactly as `arrange` lays it out."""
+def set_up(
+    config: TrainConfig, file: ModelFile, device: torch.device, dtype: torch.dtype, labelled: float = 1.0
+) -> Setup:
+    """Load a model and new adapters for training on `device`; on a GPU exactly as `arrange` lays it out.
+
+    `labelled` is the share of the tokens that are targets, by which time is predicted.
+    """
     if device.type == "cpu":
         return _on_cpu(config, file, new_lora(config, file, device, dtype), dtype)
-    plan = plan_for(config, file, device)
+    plan = plan_for(config, file, device, labelled=labelled)
     if config.compute == "fp8":
         say("fp8 is an experiment: compare its loss with that of --compute bf16 before relying on it")
     say(f"{torch.cuda.get_device_name(device)}: {described(plan, file.spec.layers)}")
@@ -186,7 +193,12 @@ def _on_cpu(config: TrainConfig, file: ModelFile, lora: LoRA, dtype: torch.dtype
 
 
 def plan_for(
-    config: TrainConfig, file: ModelFile, device: torch.device, budget: int | None = None, link_share: float = 1.0
+    config: TrainConfig,
+    file: ModelFile,
+    device: torch.device,
+    budget: int | None = None,
+    link_share: float = 1.0,
+    labelled: float = 1.0,
 ) -> Arrangement:
     """The arrangement for this card, with nothing loaded yet; as if its link had that share of its speed.
 
@@ -196,9 +208,9 @@ def plan_for(
     total = torch.cuda.get_device_properties(device).total_memory
     card = probe(device)
     card = card._replace(link=card.link * link_share)
-    host_free = psutil.virtual_memory().available - file.bytes()
+    host_free = room_for_activations(available_ram_bytes(), file.bytes())
     keeps = {"always": (Keep.INPUT,), "never": (Keep.PRODUCTS,), "auto": tuple(Keep)[:-1]}[config.recompute]
-    plan = arrange(job_of(config, file), budget, card, host_free, residency=config.residency, keeps=keeps)
+    plan = arrange(job_of(config, file, labelled), budget, card, host_free, residency=config.residency, keeps=keeps)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gemwright.model.precision import choose_dtype
+from gemwright.plan.training import CHAT_LABELLED
 from gemwright.train.batches import Encoded
 from gemwright.train.config import TrainConfig
 from gemwright.train.memory import peak_rss_bytes
@@ -16,9 +17,6 @@ from gemwright.train.setup import choose_device, set_up, use_expandable_segments
 from gemwright.train.step import forward_backward
 from gemwright.weights.model_file import open_model
 from gemwright.weights.pull import resolve_model
-
-# Of the tokens, how many are targets: about what chats have.
-LABELLED = 0.3
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ def measure_tune(config: TrainConfig, steps: int = 3) -> Measured:
     device = choose_device(config.device)
     file = open_model(resolve_model(config.model))
     use_expandable_segments()
-    setup = set_up(config, file, device, choose_dtype(config.precision, device))
+    setup = set_up(config, file, device, choose_dtype(config.precision, device), CHAT_LABELLED)
     draw = torch.Generator().manual_seed(config.seed)
     optimizer, times, tokens = Optimizer(setup.lora, 0.0, 1.0), [], 0
     try:
@@ -55,4 +53,4 @@ def measure_tune(config: TrainConfig, steps: int = 3) -> Measured:
 
 def _document(vocab: int, length: int, draw: torch.Generator) -> Encoded:
     ids = torch.randint(0, vocab, (length,), generator=draw).tolist()
-    return Encoded(ids, (torch.rand(length, generator=draw) < LABELLED).tolist())
+    return Encoded(ids, (torch.rand(length, generator=draw) < CHAT_LABELLED).tolist())
