@@ -187,7 +187,6 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
     from gemwright.train.memory import peak_rss_bytes
     from gemwright.train.optimizer import Optimizer
     from gemwright.train.setup import job_of, new_lora, on_gpu, probe, use_expandable_segments
-    from gemwright.train.step import forward_backward
     from gemwright.weights.model_file import open_model
 
     use_expandable_segments()
@@ -214,10 +213,10 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
     ]
     optimizer, times, waits, losses = Optimizer(lora, 0.0, 1.0), [], [], []
     rows = setup.rows([[document] for document in documents])
-    warm = 2 if tokens <= 16_384 else 0
+    warm = 3 if tokens <= 16_384 else 0
     for _ in range(steps + warm):
         start = time.perf_counter()
-        done = forward_backward(setup.model, rows, setup.work, setup.store)
+        done = setup.forward_backward(rows, 0)
         rows = setup.rows([[document] for document in documents])
         losses.append(done.loss)
         optimizer.update(1e-4, losses[-1])

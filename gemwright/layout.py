@@ -20,6 +20,13 @@ TAIL_STEP = 8
 ROW_STEP, LABEL_STEP = 64, 32
 # Tokens of a row from which on the attention's backward goes head by head: memory counts more than launches.
 LONG = 16_384
+# Rows of fp32 sums that flash attention's backward takes for each document beyond its tokens.
+DOCUMENT_ROWS = 128
+
+
+def document_room(tokens: int) -> int:
+    """Most such rows of all documents together; with more of them the backward goes head by head."""
+    return max(tokens // 8, 16 * DOCUMENT_ROWS)
 
 
 PITCH = 128  # bytes; rows begin at whole lines of the cache

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from gemwright.kernels.attention import Block, attention, attention_backward, plan_blocks
-from gemwright.layout import LONG
+from gemwright.layout import DOCUMENT_ROWS, LONG, document_room
 
 Kept = tuple[Tensor, ...]
+# Documents of a uniform row, at least.
+FEWEST = 16
 
 
 class Attention(Protocol):
@@ -50,19 +52,40 @@ class Blocked:
 class Flash:
     """FlashAttention-2 as PyTorch carries it, with document bounds and a window of `window` tokens (itself counted).
 
-    Its backward adds in an order that varies, unless `torch.use_deterministic_algorithms` is on.
+    Its backward adds in an order that varies, unless `torch.use_deterministic_algorithms` is on. `uniform` makes rows
+    of as many tokens alike: empty documents fill up their number, and any may be as long as the row.
     Source: Dao 2023 (arXiv 2307.08691). The operators take the window that the public function does not.
     """
 
-    def __init__(self, lengths: Sequence[int], window: int | None, device: torch.device) -> None:
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        self._bounds, self._longest = bounds.to(device, non_blocking=True), max(lengths)
+    def __init__(
+        self, lengths: Sequence[int], window: int | None, device: torch.device, *, uniform: bool = False
+    ) -> None:
+        tokens = sum(lengths)
+        empty = max(FEWEST, 1 << (len(lengths) - 1).bit_length()) - len(lengths) if uniform else 0
+        lengths = [*lengths, *[0] * empty]
+        self._longest = tokens if uniform else max(lengths)
+        self._lengths = lengths
+        self._spans = spans(lengths, tokens + document_room(tokens))
+        self.bounds = _bounds(lengths, device)
+        self._own = [self.bounds]
+        if len(self._spans) > 1:
+            self._own = [_bounds(lengths[part], device) for part in self._spans]
         narrow = window is not None and window < self._longest
         self._window = {"window_size_left": window - 1, "window_size_right": 0} if window and narrow else {}
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Where two are of one kind, the kernels of one do the other's work once its `bounds` hold the other's."""
+        return (
+            len(self.bounds),
+            self._longest,
+            self._window.get("window_size_left"),
+            id(self) if len(self._own) > 1 else 0,
+        )
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
         """See `Attention.forward`; keeps the log-sum-exp [H, N] fp32 and two empty random states."""
-        bounds, longest = self._bounds, self._longest
+        bounds, longest = self.bounds, self._longest
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=1.0, **self._window
         )
@@ -71,29 +94,59 @@ class Flash:
     def backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Attention.backward`; a long row goes one kv head at a time, with a share of the temporaries."""
-        if len(q) <= LONG:
-            return self._backward(do, q, k, v, out, kept)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+        """See `Attention.backward`; many documents go some at a time, a long row one kv head at a time: less memory."""
         lse, *states = kept
-        shared = q.shape[1] // k.shape[1]
-        for head in range(k.shape[1]):
-            own, one = slice(head * shared, (head + 1) * shared), slice(head, head + 1)
-            some = (do[:, own], q[:, own], k[:, one], v[:, one], out[:, own], (lse[own], *states))
-            dq[:, own], dk[:, one], dv[:, one] = self._backward(*some)
+        apart = k.shape[1] if len(q) > LONG else 1
+        if apart == 1 and len(self._own) == 1:
+            return self._backward(do, q, k, v, out, lse, states, self.bounds)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+        heads, kv_heads, start = q.shape[1] // apart, k.shape[1] // apart, 0
+        for part, bounds in zip(self._spans, self._own, strict=True):
+            at = slice(start, start + sum(self._lengths[part]))
+            start = at.stop
+            for group in range(apart):
+                own, one = slice(group * heads, (group + 1) * heads), slice(group * kv_heads, (group + 1) * kv_heads)
+                some = (do[at, own], q[at, own], k[at, one], v[at, one], out[at, own], lse[own, at].contiguous())
+                dq[at, own], dk[at, one], dv[at, one] = self._backward(*some, states, bounds)
         return dq, dk, dv
 
     def _backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        states: Sequence[Tensor],
+        bounds: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        bounds, longest, (lse, state, unused) = self._bounds, self._longest, kept
+        longest = self._longest
         return torch.ops.aten._flash_attention_backward(  # type: ignore[no-any-return]
-            do, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, True, state, unused, scale=1.0, **self._window
+            do, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, True, *states, scale=1.0, **self._window
         )
 
 
-def plan(lengths: Sequence[int], window: int | None, device: torch.device, dtype: torch.dtype) -> Attention:
+def spans(lengths: Sequence[int], most: int) -> list[slice]:
+    """Neighbouring documents whose tokens and `DOCUMENT_ROWS` each come to `most` at most, or single ones."""
+    found, start, taken = [], 0, 0
+    for index, length in enumerate(lengths):
+        cost = length + DOCUMENT_ROWS
+        if index > start and taken + cost > most:
+            found.append(slice(start, index))
+            start, taken = index, 0
+        taken += cost
+    return [*found, slice(start, len(lengths))]
+
+
+def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
+def plan(
+    lengths: Sequence[int], window: int | None, device: torch.device, dtype: torch.dtype, *, uniform: bool = False
+) -> Attention:
     """The fastest attention for documents of `lengths` there: flash in bf16 from compute capability 8.0 on."""
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
-        return Flash(lengths, window, device)
+        return Flash(lengths, window, device, uniform=uniform)
     return Blocked(plan_blocks(lengths, window, device))

@@ -17,10 +17,18 @@ SIDE = 128
 
 
 @triton.jit
+def _rounded(value):
+    """The nearest e4m3 of `value` (below 480), in fp32: the compiler's way back from fp8 mixes up bytes (3.6)."""
+    bits = value.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(value) < 0.015625, (value + 24576.0) - 24576.0, normal)
+
+
+@triton.jit
 def _write_parts(at, value, mask, column, SECOND_LOW: tl.constexpr, T: tl.constexpr):
     """hi, then lo and hi (or hi and lo) of `value` at columns 0, T and 2 T."""
-    high = value.to(at.dtype.element_ty)
-    low = (value - high.to(tl.float32)).to(at.dtype.element_ty)
+    rounded = _rounded(value)
+    high, low = rounded.to(at.dtype.element_ty), (value - rounded).to(at.dtype.element_ty)
     tl.store(at + column, high, mask)
     tl.store(at + T + column, low if SECOND_LOW else high, mask)
     tl.store(at + 2 * T + column, high if SECOND_LOW else low, mask)

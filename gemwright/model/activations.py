@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemwright.model.layer import LayerPass
-from gemwright.model.pinned import host_buffer, lock, touch, unlock
+from gemwright.model.pinned import Locks, host_buffer, touch
 from gemwright.report import say
 
 _ALIGN = 256
@@ -62,7 +62,7 @@ class Offloaded:
         self._buffers: dict[tuple[int, int], Tensor] = {}
         self._away: dict[tuple[int, int], list[Tensor]] = {}
         self._back: dict[tuple[int, int], tuple[torch.cuda.Event, list[Tensor]]] = {}
-        self._locked: set[int] = set()
+        self._locks = Locks()
         self._refused = False
         self.copies = 1  # more of them stand for a slower link
 
@@ -115,16 +115,15 @@ class Offloaded:
     def close(self) -> None:
         """Give the memory back, the host's and the device's."""
         torch.cuda.synchronize(self._device)
-        for buffer in self._buffers.values():
-            self._release(buffer)
-        self._here = OnDevice()
-        for held in (self._buffers, self._leaving, self._away, self._back):
-            held.clear()
+        self.forget()
+        self._locks.unlock_all()
+        self._buffers.clear()
 
-    def _release(self, buffer: Tensor) -> None:
-        if buffer.data_ptr() in self._locked:
-            self._locked.remove(buffer.data_ptr())
-            unlock(buffer)
+    def forget(self) -> None:
+        """Let go of a step that came to no end."""
+        self._here = OnDevice()
+        for held in (self._leaving, self._away, self._back):
+            held.clear()
 
     def _places(self, key: tuple[int, int], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Host tensors like `tensors`, in the buffer of that layer and row."""
@@ -133,7 +132,7 @@ class Offloaded:
         if buffer is None or buffer.numel() < sum(sizes):
             if buffer is not None:
                 torch.cuda.synchronize(self._device)
-                self._release(buffer)
+                self._locks.unlock(buffer)
             buffer = self._buffers[key] = self._new_buffer(sum(sizes))
         places, at = [], 0
         for tensor, size in zip(tensors, sizes, strict=True):
@@ -145,9 +144,7 @@ class Offloaded:
     def _new_buffer(self, size: int) -> Tensor:
         buffer = host_buffer(size)
         touch(buffer)
-        if lock(buffer):
-            self._locked.add(buffer.data_ptr())
-        elif not self._refused:
+        if not self._locks.lock(buffer) and not self._refused:
             self._refused = True
             say("the system locks no more host memory: activations are copied through unlocked memory, more slowly")
         return buffer

@@ -30,11 +30,17 @@ def rope_tables(spec: ModelSpec, positions: Tensor) -> tuple[Table, Table]:
 
 
 def plan_attention(
-    spec: ModelSpec, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+    spec: ModelSpec, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, *, uniform: bool = False
 ) -> tuple[Attention, Attention]:
-    """(local, global) attention for packed documents of `lengths`; one object where the window changes nothing."""
-    everything = plan(lengths, None, device, dtype)
-    return (everything if max(lengths) <= spec.window else plan(lengths, spec.window, device, dtype)), everything
+    """(local, global) attention for packed documents of `lengths`; one object where the window changes nothing.
+
+    With `uniform` rows of as many tokens have attention of one kind (see `Flash`).
+    """
+    longest = sum(lengths) if uniform else max(lengths)
+    everything = plan(lengths, None, device, dtype, uniform=uniform)
+    if longest <= spec.window:
+        return everything, everything
+    return plan(lengths, spec.window, device, dtype, uniform=uniform), everything
 
 
 class Gemma:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,6 +58,39 @@ def _forget_error() -> None:
         torch.ones(1, device="cuda")
     except RuntimeError:
         return
+
+
+class Locks:
+    """The host tensors that one owner has locked; what is left when the owner goes is unlocked then.
+
+    A mapping that is gone but still locked would trip whatever is given its addresses next.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+        self._end = weakref.finalize(self, _unlock_all, self._held)
+        self._end.atexit = False
+
+    def lock(self, buffer: Tensor, *, read_only: bool = False) -> bool:
+        """Lock the pages of a host tensor; False where the system refuses."""
+        if not lock(buffer, read_only=read_only):
+            return False
+        self._held[buffer.data_ptr()] = buffer
+        return True
+
+    def unlock(self, buffer: Tensor) -> None:
+        """Unlock one, if it was locked here."""
+        if self._held.pop(buffer.data_ptr(), None) is not None:
+            unlock(buffer)
+
+    def unlock_all(self) -> None:
+        """Unlock all."""
+        _unlock_all(self._held)
+
+
+def _unlock_all(held: dict[int, Tensor]) -> None:
+    while held:
+        unlock(held.popitem()[1])
 
 
 def can_lock(size: int) -> bool:

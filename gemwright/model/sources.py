@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gemwright.errors import MachineError
-from gemwright.model.pinned import host_buffer, lock, unlock
+from gemwright.model.pinned import Locks, host_buffer
 from gemwright.report import say
 from gemwright.spec import LINEARS
 from gemwright.weights.model_file import ModelFile
@@ -83,8 +83,8 @@ class Source(Protocol):
 class Locked:
     """A source of locked bytes: each layer is one asynchronous copy, or one a matrix where a file scatters them."""
 
-    def __init__(self, kind: str, runs: Sequence[list[tuple[Tensor, int]]], locked: list[Tensor], device: torch.device):
-        self.kind, self._runs, self._locked, self._stream = kind, runs, locked, torch.cuda.Stream(device)
+    def __init__(self, kind: str, runs: Sequence[list[tuple[Tensor, int]]], locks: Locks, device: torch.device):
+        self.kind, self._runs, self._locks, self._stream = kind, runs, locks, torch.cuda.Stream(device)
 
     def copy(self, layer: int, slot: Tensor, ready: torch.cuda.Event) -> Callable[[], torch.cuda.Event]:
         """See `Source.copy`."""
@@ -98,9 +98,7 @@ class Locked:
     def close(self) -> None:
         """See `Source.close`."""
         torch.cuda.synchronize()
-        for buffer in self._locked:
-            unlock(buffer)
-        self._locked = []
+        self._locks.unlock_all()
 
 
 class Pageable:
@@ -113,7 +111,9 @@ class Pageable:
         self._pool = ThreadPoolExecutor(1)
         largest = max(layer.size for layer in layers)
         self._staging = [host_buffer(largest) for _ in range(2)]
-        self._locked = [buffer for buffer in self._staging if lock(buffer)]
+        self._locks = Locks()
+        for buffer in self._staging:
+            self._locks.lock(buffer)
         self._free: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
@@ -141,9 +141,7 @@ class Pageable:
         """See `Source.close`."""
         self._pool.shutdown()
         torch.cuda.synchronize()
-        for buffer in self._locked:
-            unlock(buffer)
-        self._locked = []
+        self._locks.unlock_all()
 
 
 def open_source(layers: Sequence[LayerBytes], kind: SourceKind, device: torch.device) -> Source:
@@ -155,23 +153,20 @@ def open_source(layers: Sequence[LayerBytes], kind: SourceKind, device: torch.de
     room = total <= psutil.virtual_memory().available * 4 // 5
     if kind in ("auto", "mapped") and room:
         wholes = {run.untyped_storage().data_ptr(): run.untyped_storage() for layer in layers for run, _ in layer.runs}
-        locked: list[Tensor] = []
-        for storage in wholes.values():
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            if lock(whole, read_only=True):
-                locked.append(whole)
-        if len(locked) == len(wholes):
-            return Locked("mapped", [layer.runs for layer in layers], locked, device)
-        for whole in locked:
-            unlock(whole)
+        locks = Locks()
+        files = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in wholes.values()]
+        if all([locks.lock(whole, read_only=True) for whole in files]):
+            return Locked("mapped", [layer.runs for layer in layers], locks, device)
+        locks.unlock_all()
     if kind == "mapped":
         raise MachineError(
             "the system does not lock the model's file in memory", fix="Use --source pinned or pageable."
         )
     if kind in ("auto", "pinned") and room:
-        copied = _copy_layers(layers)
-        if lock(copied[0]):
-            return Locked("pinned", copied[1], [copied[0]], device)
+        buffer, runs = _copy_layers(layers)
+        locks = Locks()
+        if locks.lock(buffer):
+            return Locked("pinned", runs, locks, device)
     if kind == "pinned":
         raise MachineError(f"the system does not lock {total:,} bytes of memory", fix="Use --source pageable.")
     if kind == "auto":

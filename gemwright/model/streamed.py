@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gemwright.errors import needed
 from gemwright.layout import GROUPS
 from gemwright.model.fp8 import Fp8Scratch
 from gemwright.model.residency import LayerWeights, layer_norms, new_matrices
@@ -19,6 +20,7 @@ from gemwright.model.unpacked import unpack
 from gemwright.weights.model_file import ModelFile
 
 _EMBED_ROWS = 8192
+Waits = list[tuple[torch.cuda.Event, torch.cuda.Event]]
 
 
 def spread(count: int, of: int) -> list[int]:
@@ -64,13 +66,14 @@ class StreamedResidency:
         count = min(slots, len(self.streamed))
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
         self._free = [self._event() for _ in self._slots]
-        self._holds: dict[int, int] = {}  # layer -> slot
+        self._slot_of = {layer: i % count for i, layer in enumerate(self.streamed)}  # neighbours never share one
+        self._holds: list[int | None] = [None] * count
         self._arrivals: dict[int, Callable[[], torch.cuda.Event]] = {}
         self._resident = {i: self._bring(i) for i in sorted(resident)}
         order = [*range(self.spec.layers), *reversed(range(self.spec.layers))]
         self._order, self._at = order, 0
         self._wanted = [self._ahead(at, order, count) for at in range(len(order))]
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waits: Waits = []
         self._prefetch(self._ahead(-1, order, count))
 
     @property
@@ -84,7 +87,7 @@ class StreamedResidency:
         if self._unpacked != index:
             packed = self._resident.get(index)
             slot = None if packed is not None else self._arrived(index)
-            self._unpack(index, packed if packed is not None else self._slots[self._holds[index]])
+            self._unpack(index, self._slots[slot] if slot is not None else needed(packed))
             if slot is not None:
                 self._free[slot] = self._event()
         self._prefetch(self._wanted[at])
@@ -183,27 +186,47 @@ class StreamedResidency:
 
     def _prefetch(self, wanted: Sequence[int]) -> None:
         for layer in wanted:
-            if layer in self._holds:
-                continue
-            taken = {slot: held for held, slot in self._holds.items()}
-            slot = next((s for s in range(len(self._slots)) if taken.get(s) not in wanted), None)
-            if slot is None or self._source is None:
-                return
-            self._holds.pop(taken.get(slot, -1), None)
-            self._arrivals.pop(taken.get(slot, -1), None)
-            self._holds[layer] = slot
-            self._arrivals[layer] = self._source.copy(layer, self._slots[slot], self._free[slot])
+            slot = self._slot_of[layer]
+            if self._holds[slot] != layer:
+                self._holds[slot] = layer
+                self._arrivals[slot] = needed(self._source).copy(layer, self._slots[slot], self._free[slot])
 
     def _arrived(self, index: int) -> int:
         """Have the stream wait for a layer's copy; its slot."""
-        if index not in self._holds:
-            self._prefetch([index])
-        arrival = self._arrivals.pop(index, None)
+        self._prefetch([index])
+        slot = self._slot_of[index]
+        arrival = self._arrivals.pop(slot, None)
         if arrival is not None:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            inside = torch.cuda.is_current_stream_capturing()
+            before, after = (torch.cuda.Event(enable_timing=True, external=inside) for _ in range(2))
             now = torch.cuda.current_stream(self.device)
             before.record(now)
             now.wait_event(arrival())
             after.record(now)
             self._waits.append((before, after))
-        return self._holds[index]
+        return slot
+
+    def place(self) -> tuple[object, ...]:
+        """Where the ring stands: what it holds and who comes next."""
+        return (*self._holds, self._unpacked, self._at)
+
+    def settle(self) -> None:
+        """Have the stream wait for all layers under way, and mark all slots as free from here on."""
+        now = torch.cuda.current_stream(self.device)
+        for arrival in self._arrivals.values():
+            now.wait_event(arrival())
+        self._arrivals.clear()
+        self._free = [self._event() for _ in self._slots]
+
+    def rewind(self) -> None:
+        """Forget what the ring holds and begin anew with the first layers."""
+        torch.cuda.synchronize(self.device)
+        self._holds, self._unpacked, self._at = [None] * len(self._slots), None, 0
+        self._arrivals.clear()
+        self._free = [self._event() for _ in self._slots]
+        self._prefetch(self._ahead(-1, self._order, len(self._slots)))
+
+    def swap_waits(self, waits: Waits) -> Waits:
+        """Have `waited_s` tell of these waits; those it would have told of. A replayed step records its own anew."""
+        waits, self._waits = self._waits, list(waits)
+        return waits

@@ -19,6 +19,7 @@ from gemwright.layout import (
     TAIL_STEP,
     Keep,
     adapter_parameters,
+    document_room,
     group_sizes,
     product_bytes,
     rounded,
@@ -42,6 +43,8 @@ BOTH_WAYS = 1.4
 ATTENTION_SHARE = 0.45
 # What a layer costs the CPU that launches its kernels.
 LAUNCH_UP_S, LAUNCH_DOWN_S = 0.6e-3, 1.3e-3
+# The share of a step's other time from which on launching is left to a graph, and what then remains of it.
+GRAPH_SHARE, GRAPHED = 0.4, 0.1
 # How much faster than in bf16 the products of a layer are in fp8, their rounding and that of the weights included.
 FP8_GAIN = 1.5
 # Of the layers, how many are tried as residents.
@@ -58,7 +61,10 @@ class Card(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What has to fit: the model's bytes by layer, the adapters, the rows of a step."""
+    """What has to fit: the model's bytes by layer, the adapters, the rows of a step.
+
+    `ordered_on` are the card's multiprocessors where attention's backward is to add in a fixed order, else 0.
+    """
 
     spec: ModelSpec
     layer_bytes: int
@@ -68,9 +74,10 @@ class Job:
     seq: int
     rows: int
     labelled: float = 1.0
-    deterministic: bool = False
+    ordered_on: int = 0
     dora: bool = False
     fp8: bool = False
+    graphs: bool = True
 
     @property
     def row_tokens(self) -> int:
@@ -98,6 +105,7 @@ class Arrangement:
     items: dict[str, int] = field(default_factory=dict)
     host_bytes: int = 0
     step_s: float = 0.0
+    graphed: bool = False
 
     @property
     def predicted_bytes(self) -> int:
@@ -120,6 +128,7 @@ class Arrangement:
             "device_items": self.items,
             "activation_host_bytes": self.host_bytes,
             "predicted_step_s": self.step_s,
+            "replayed_as_graph": self.graphed,
         }
 
 
@@ -342,8 +351,10 @@ class _Visit:
         collected = self.n * self.out if self.long else 0
         mlp = held + collected + self.chunk(kept=True) + self.c * (back + 2 * f * job.dora)
         mlp += self.rounded(2 * f, "gate_up")
-        heads = job.spec.kv_heads if self.n > LONG else 1
-        flash = self.n * (6 + 2 * job.deterministic) * self.out // heads
+        apart = job.spec.kv_heads if self.n > LONG else 1
+        together = job.spec.heads // apart
+        sums = -(-job.ordered_on // together) if job.ordered_on else 1
+        flash = (4 * self.n + 2 * sums * (self.n + document_room(self.n))) * self.out // apart
         attention = held + self.n * (self.out + job.tail("o")) + joint + flash
         again = self.out + 2 * self.kv
         end = self.rotated() + (0 if self.long else joint) + joint
@@ -398,13 +409,16 @@ def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
         spec.layers * -(-tokens // (plan.joined * job.row_tokens)) * -(-plan.joined * job.row_tokens // plan.chunk)
     )
     up = spec.layers * (a_pass + attention + moved_up + unpacked)
-    up = _longest(up, launches * LAUNCH_UP_S, streamed * each, moved, both)
     down = sum(a_pass * (1 + again[k]) + attention * (2.5 + (k < Keep.NARROW)) for k in plan.keep)
     if plan.chunk < plan.joined * job.row_tokens:
         down += spec.layers * a_pass * (weights["q"] + weights["k"] + weights["v"]) / whole
-    down = _longest(down + spec.layers * (moved_down + unpacked), launches * LAUNCH_DOWN_S, streamed * each + moved)
+    down += spec.layers * (moved_down + unpacked)
+    graphed = job.graphs and launches * (LAUNCH_UP_S + LAUNCH_DOWN_S) > GRAPH_SHARE * (up + down)
+    issued = launches * (GRAPHED if graphed else 1.0)
+    up = _longest(up, issued * LAUNCH_UP_S, streamed * each, moved, both)
+    down = _longest(down, issued * LAUNCH_DOWN_S, streamed * each + moved)
     head = 4 * spec.vocab * d * tokens * job.labelled / card.flops
-    return replace(plan, step_s=up + down + 1.2 * head)
+    return replace(plan, step_s=up + down + 1.2 * head, graphed=graphed)
 
 
 def itemised(plan: Arrangement, budget: int) -> list[str]:

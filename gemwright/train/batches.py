@@ -92,14 +92,20 @@ def pack(examples: Sequence[Encoded], seq: int, seed: int, epoch: int) -> list[l
 
 
 def make_row(
-    spec: ModelSpec, documents: Sequence[Encoded], device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    spec: ModelSpec,
+    documents: Sequence[Encoded],
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    full: int | None = None,
 ) -> Row:
     """Lay documents end to end; positions begin at 0 in each, and no label crosses from one to the next.
 
-    The tensors are on `device`, for a model computing in `dtype`.
+    The tensors are on `device`, for a model computing in `dtype`. `full` fills the row up to so many tokens and its
+    labels in few sizes, so that nearly all rows have the same shapes.
     """
     tokens = sum(len(d.ids) for d in documents)
-    fill = rounded(tokens, ROW_STEP) - tokens
+    fill = (full or rounded(tokens, ROW_STEP)) - tokens
+    label_step = LABEL_STEP if full is None else rounded(full, 8 * LABEL_STEP) // 8
     if fill:
         documents = [*documents, Encoded([PAD] * fill, [False] * fill)]
     lengths = [len(d.ids) for d in documents]
@@ -107,14 +113,14 @@ def make_row(
     learned = torch.tensor([flag for d in documents for flag in [*d.labelled[1:], False]])
     at, spare = learned.nonzero()[:, 0], (~learned).nonzero()[:, 0]
     targets = ids[at + 1]
-    spare = spare[: max(LABEL_STEP, rounded(len(at), LABEL_STEP)) - len(at)]
+    spare = spare[: max(label_step, rounded(len(at), label_step)) - len(at)]
     positions = torch.cat([torch.arange(n) for n in lengths])
     at, padded = torch.cat([at, spare]), torch.cat([targets, torch.full_like(spare, IGNORED)])
     return Row(
         ids.to(device),
         at.to(device),
         padded.to(device),
-        plan_attention(spec, lengths, device, dtype),
+        plan_attention(spec, lengths, device, dtype, uniform=full is not None),
         rope_tables(spec, positions.to(device)),
         tokens,
         len(targets),

@@ -18,7 +18,7 @@ class TrainConfig(BaseModel):
     `seq` is the most tokens of a packed row (a micro-batch); a step passes `tokens_per_step // seq` rows. `alpha` None
     means `rank`. `lr` rises linearly over `warmup` (a share of all steps), then follows `schedule`. After `patience`
     updates in a row whose loss or gradient is not finite the run stops. `compute` "fp8" is for the products of the
-    frozen weights alone.
+    frozen weights alone. `graphs` allows steps to be replayed as CUDA graphs where that is faster.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +52,7 @@ class TrainConfig(BaseModel):
     residency: Literal["auto", "resident", "streamed"] = "auto"
     source: Literal["auto", "mapped", "pinned", "pageable"] = "auto"
     deterministic: bool = False
+    graphs: bool = True
     threads: int | None = Field(None, ge=1)
 
     def __init__(self, **settings: Any) -> None:

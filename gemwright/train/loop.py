@@ -36,7 +36,7 @@ from gemwright.train.setup import (
     shrink,
     use_expandable_segments,
 )
-from gemwright.train.step import StepLoss, forward_backward
+from gemwright.train.step import StepLoss
 from gemwright.weights.gguf_writer import write_gguf_lora
 from gemwright.weights.model_file import ModelFile, open_model
 from gemwright.weights.peft_files import write_peft_adapter
@@ -236,7 +236,7 @@ def _train(
 def _attempt(setup: Setup, rows: list[Row], seed: int) -> StepLoss | None:
     """A step's forward and backward, or None (and no gradient) where the device's memory ran out."""
     try:
-        return forward_backward(setup.model, rows, setup.work, setup.store, seed=seed)
+        return setup.forward_backward(rows, seed)
     except torch.OutOfMemoryError:
         pass
     setup.lora.grad.zero_()

@@ -24,8 +24,9 @@ from gemwright.plan.training import MIB, Arrangement, Card, Job, arrange, descri
 from gemwright.report import say
 from gemwright.train.batches import Encoded, Row, make_row
 from gemwright.train.config import TrainConfig
+from gemwright.train.graphs import Graphs
 from gemwright.train.memory import keep_freed_memory, spare_bytes
-from gemwright.train.step import Work
+from gemwright.train.step import StepLoss, Work, forward_backward
 from gemwright.weights.model_file import ModelFile
 
 # What is left to the desktop and to CUDA itself where nobody says how much may be used.
@@ -44,12 +45,23 @@ class Setup:
     dtype: torch.dtype
     joined: int = 1
     arrangement: Arrangement | None = None
+    graphs: Graphs | None = None
+    row_tokens: int | None = None
 
     def rows(self, packed: Sequence[Sequence[Encoded]]) -> list[Row]:
         """The micro-batches of a step from its packed rows of documents."""
         groups = [packed[i : i + self.joined] for i in range(0, len(packed), self.joined)]
-        spec = self.model.spec
-        return [make_row(spec, [d for row in group for d in row], self.device, self.dtype) for group in groups]
+        spec, made = self.model.spec, []
+        for group in groups:
+            full = self.row_tokens * len(group) if self.row_tokens else None
+            made.append(make_row(spec, [d for row in group for d in row], self.device, self.dtype, full))
+        return made
+
+    def forward_backward(self, rows: Sequence[Row], seed: int) -> StepLoss:
+        """See `train.step.forward_backward`; where its kernels take longer to launch than to run, as a graph."""
+        if self.graphs is not None:
+            return self.graphs.forward_backward(rows, seed)
+        return forward_backward(self.model, rows, self.work, self.store, seed=seed)
 
     @property
     def lora(self) -> LoRA:
@@ -73,6 +85,7 @@ class Setup:
 
     def close(self) -> None:
         """Give device and host memory back."""
+        self.graphs = None
         for part in (self.model.residency, self.store):
             if isinstance(part, (StreamedResidency, Offloaded)):
                 part.close()
@@ -130,9 +143,10 @@ def job_of(config: TrainConfig, file: ModelFile, labelled: float = 1.0) -> Job:
         config.seq,
         config.rows_per_step,
         labelled,
-        deterministic=config.deterministic,
+        ordered_on=torch.cuda.get_device_properties(0).multi_processor_count if config.deterministic else 0,
         dora=config.dora,
         fp8=config.compute == "fp8",
+        graphs=config.graphs and not (config.dropout or config.dora or config.deterministic),
     )
 
 
@@ -235,8 +249,11 @@ def on_gpu(
         fp8=config.compute == "fp8",
     )
     work = Work(plan.keep, plan.chunk, plan.positions, plan.head_rows)
-    store = Offloaded(plan.on_host, device)
-    return Setup(Gemma(residency, lora), work, store, device, dtype, plan.joined, plan)
+    store, model = Offloaded(plan.on_host, device), Gemma(residency, lora)
+    made = Setup(model, work, store, device, dtype, plan.joined, plan)
+    if plan.graphed and residency.source_kind != "pageable":
+        made.graphs, made.row_tokens = Graphs(model, residency, work, store), job_of(config, file).row_tokens
+    return made
 
 
 @cache
@@ -282,7 +299,7 @@ def shrink(setup: Setup, config: TrainConfig, file: ModelFile) -> None:
         plan = plan_for(config, file, device, min(had, left))
     new = on_gpu(plan, config, file, setup.lora, device, setup.dtype)
     setup.model, setup.work, setup.store = new.model, new.work, new.store
-    setup.joined, setup.arrangement = new.joined, plan
+    setup.joined, setup.arrangement, setup.graphs, setup.row_tokens = new.joined, plan, new.graphs, new.row_tokens
 
 
 def use_expandable_segments() -> None:

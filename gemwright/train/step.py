@@ -58,11 +58,18 @@ DEFAULT = Work()
 
 @torch.inference_mode()
 def forward_backward(
-    model: Gemma, rows: Sequence[Row], work: Work = DEFAULT, store: Activations | None = None, *, seed: int = 0
+    model: Gemma,
+    rows: Sequence[Row],
+    work: Work = DEFAULT,
+    store: Activations | None = None,
+    *,
+    seed: int = 0,
+    weight: Tensor | None = None,
 ) -> StepLoss:
     """Add to `model.lora.grad` the gradient of the mean loss over all labelled tokens of the step.
 
     What a layer does not keep is computed again in the backward, with the same dropout; `seed` drives dropout alone.
+    `weight` (fp32 []), where given, is one over the number of labelled tokens.
     """
     spec, residency, lora = model.spec, model.residency, model.lora
     store = OnDevice() if store is None else store
@@ -90,7 +97,7 @@ def forward_backward(
     for r, row in enumerate(rows):  # each state gives way to its gradient
         if not _few(row):
             states[r] = states[r].index_select(0, row.at)
-        gradients[r] = _head(model, states[r], row.targets, 1.0 / labelled, work, nll)
+        gradients[r] = _head(model, states[r], row.targets, 1.0 / labelled if weight is None else weight, work, nll)
         if not _few(row):
             gradients[r] = everywhere(gradients[r], row.at, len(row.ids))
 
@@ -114,7 +121,7 @@ def _few(row: Row) -> bool:
     return 2 * len(row.at) < len(row.ids)
 
 
-def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float, work: Work, nll: Tensor) -> Tensor:
+def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float | Tensor, work: Work, nll: Tensor) -> Tensor:
     """The gradient of `weight` times a row's summed loss with respect to x [M, D]; the sum is added to `nll`."""
     residency, eps = model.residency, model.spec.norm_eps
     gradient = torch.empty_like(x_MD)

@@ -14,7 +14,6 @@ from gemwright.train.config import TrainConfig
 from gemwright.train.memory import peak_rss_bytes
 from gemwright.train.optimizer import Optimizer
 from gemwright.train.setup import choose_device, set_up, use_expandable_segments
-from gemwright.train.step import forward_backward
 from gemwright.weights.model_file import open_model
 from gemwright.weights.pull import resolve_model
 
@@ -41,7 +40,7 @@ def measure_tune(config: TrainConfig, steps: int = 3) -> Measured:
         for step in range(steps + 1):
             packed = [[_document(file.spec.vocab, config.seq, draw)] for _ in range(config.rows_per_step)]
             start = time.perf_counter()
-            done = forward_backward(setup.model, setup.rows(packed), setup.work, setup.store, seed=step)
+            done = setup.forward_backward(setup.rows(packed), step)
             optimizer.update(1e-5, done.loss)
             times.append(time.perf_counter() - start)
             tokens = done.tokens

@@ -26,6 +26,7 @@ from gemwright.model.residency import UnpackedResidency
 from gemwright.model.streamed import StreamedResidency
 from gemwright.spec import LINEARS, SPECS, ModelSpec
 from gemwright.train.batches import Encoded, make_row
+from gemwright.train.graphs import Graphs
 from gemwright.train.step import Work, forward_backward
 from gemwright.weights.model_file import ModelFile, open_model
 from gemwright.weights.quants import QTYPES
@@ -239,6 +240,56 @@ def test_gradients_beyond_the_window_and_past_a_long_row(made: Made, monkeypatch
         monkeypatch.setattr(attend, "LONG", long)
         loss, ours = on_gpu(file, rows, chunk=200 if long == 100 else 1 << 30)
         assert loss == pytest.approx(exact_loss, rel=2e-3) and error(ours, exact) <= bound
+
+
+def test_many_documents_keep_to_their_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention's backward takes 128 rows of fp32 sums a document: 600 of 4 tokens would be 33 times its own."""
+    from gemwright.kernels import attend
+
+    device = torch.device("cuda")
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v, do = (torch.randn(2400, h, 128, generator=draw, device=device, dtype=BF16) for h in (16, 4, 4, 16))
+    results, peaks = [], []
+    for room in (attend.document_room, lambda tokens: 1 << 30):
+        monkeypatch.setattr(attend, "document_room", room)
+        attention = attend.Flash([4] * 600, None, device)
+        out, kept = attention.forward(q, k, v)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results.append(attention.backward(do, q, k, v, out, kept))
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] < 6 * q.numel() * 2 + 2 * 4 * attend.document_room(2400) * 16 * 128 and peaks[1] > 4 * peaks[0]
+    for ours, whole in zip(*results, strict=True):
+        assert error(ours, whole.cpu()) < 2e-3
+
+
+@pytest.mark.parametrize("where", ["resident", "streamed", "mixed", "host"])
+def test_a_replayed_step_gives_the_same_bits(made: Made, deterministic: None, where: str) -> None:
+    file = made(SMALL["12b"], "Q4_0")
+    resident = {"resident": range(7), "mixed": (1, 4)}.get(where, ())
+    steps = [[documents(file.spec, LENGTHS[i:] + LENGTHS[:i], seed=i)] for i in range(6)]
+    found = []
+    for graphed in (False, True):
+        lora = new_lora(file.spec, GPU, BF16)
+        residency = StreamedResidency(file, GPU, tails=lora.tails(), resident=resident, slots=2, head_rows=1024)
+        store = Offloaded([where == "host"] * 7, GPU)
+        model, work = Gemma(residency, lora), Work(Keep.NARROW, 1 << 30, 256, 1024)
+        graphs = Graphs(model, residency, work, store)
+        for packed in steps:
+            rows = [make_row(file.spec, row, GPU, BF16, full=320) for row in packed]
+            lora.grad.zero_()
+            done = graphs.forward_backward(rows, 0) if graphed else forward_backward(model, rows, work, store)
+            found.append((graphed, done.loss, lora.grad.clone()))
+            lora.master.sub_(0.1 * lora.grad)
+            lora.refresh()
+        assert not graphed or len(graphs.captured) == 1
+        residency.close()
+        store.close()
+    plain, replayed = ([(loss, grad) for g, loss, grad in found if g is graphed] for graphed in (False, True))
+    for (loss, grad), (other_loss, other) in zip(plain, replayed, strict=True):
+        assert loss == other_loss and torch.equal(grad, other) and bool(grad.any())
 
 
 def test_a_document_does_not_notice_its_neighbours(made: Made) -> None:

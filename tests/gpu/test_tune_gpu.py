@@ -22,6 +22,7 @@ if not TINY:
 from gemwright.errors import DoesNotFit, InputError, MachineError  # noqa: E402
 from gemwright.train import loop  # noqa: E402
 from gemwright.train.config import TrainConfig  # noqa: E402
+from gemwright.train.setup import Setup  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -67,15 +68,15 @@ def test_a_cpu_learns_the_same(data: Path, tmp_path: Path) -> None:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
-    whole, count = loop.forward_backward, iter(range(1, 1000))
+    whole, count = Setup.forward_backward, iter(range(1, 1000))
 
-    def sometimes(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def sometimes(setup: Setup, rows: Any, seed: int) -> Any:
         if next(count) in calls:
-            model.lora.grad.add_(1.0)  # a half-done step has left something behind
+            setup.lora.grad.add_(1.0)  # a half-done step has left something behind
             raise torch.OutOfMemoryError("others took it")
-        return whole(model, *args, **kwargs)
+        return whole(setup, rows, seed)
 
-    monkeypatch.setattr(loop, "forward_backward", sometimes)
+    monkeypatch.setattr(Setup, "forward_backward", sometimes)
 
 
 def test_a_step_that_ran_out_of_memory_is_done_again(

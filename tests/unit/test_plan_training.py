@@ -128,7 +128,7 @@ def test_dora_and_determinism_cost_memory() -> None:
     asked = job("4b", 1, 2048)
     plan = Arrangement(34, 0, (Keep.INPUT,) * 34, (False,) * 34, 1, 2048, 2048, 4096)
     plain = itemise(asked, plan).predicted_bytes
-    for more in ({"dora": True}, {"deterministic": True}):
+    for more in ({"dora": True}, {"ordered_on": 132}):
         assert itemise(replace(asked, **more), plan).predicted_bytes >= plain
 
 

@@ -16,9 +16,9 @@ import torch
 from gemwright.errors import InputError, MachineError
 from gemwright.runs import RunFolder
 from gemwright.spec import LINEARS
-from gemwright.train import loop
 from gemwright.train.config import TrainConfig
 from gemwright.train.loop import Progress, TuneResult, tune
+from gemwright.train.setup import Setup
 from gemwright.train.step import StepLoss
 from gemwright.weights.gguf_writer import read_gguf_lora
 from gemwright.weights.model_file import open_model
@@ -141,14 +141,14 @@ def test_only_the_targets_are_adapted(run: Tune, tiny_model: Path) -> None:
 
 def break_from(monkeypatch: pytest.MonkeyPatch, first: int, last: float = math.inf) -> None:
     """Make the loss not a number in steps `first` to `last` (from 1)."""
-    whole, calls = loop.forward_backward, iter(range(1, 10_000))
+    whole, calls = Setup.forward_backward, iter(range(1, 10_000))
 
-    def broken(*args: Any, **kwargs: Any) -> StepLoss:
-        done = whole(*args, **kwargs)
+    def broken(*args: Any) -> StepLoss:
+        done = whole(*args)
         bad = first <= next(calls) <= last
         return replace(done, nll=torch.tensor(math.nan)) if bad else done
 
-    monkeypatch.setattr(loop, "forward_backward", broken)
+    monkeypatch.setattr(Setup, "forward_backward", broken)
 
 
 def test_a_loss_that_is_no_number_is_skipped(run: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
