@@ -2,9 +2,11 @@
 
     python benchmarks/plan_accuracy.py                 # running and tuning on the CPU
     python benchmarks/plan_accuracy.py --gpu           # tuning on the GPU, random weights in the true shapes
-    python benchmarks/plan_accuracy.py --gpu --only 27b
+    python benchmarks/plan_accuracy.py --gpu --only 27b --half held-out
+    python benchmarks/plan_accuracy.py --gpu --rows a.jsonl b.jsonl   # the table and plot of earlier runs together
 
-Every case is a process of its own. Cases with which the formulas were fitted are marked; the others are held out.
+Every case is a process of its own; on a GPU it imports what it needs while the one before it runs. Cases with which
+the formulas were fitted are marked; the others are held out. Run `gemwright doctor` first: the plan goes by its probes.
 Writes `plan_accuracy_<hardware>_<date>.jsonl`, a table beside it and a plot.
 """
 
@@ -17,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -133,7 +136,7 @@ def measure(case: Case, folder: Path) -> list[dict]:
         residency=case.residency,
         device=case.device,
     )
-    got = measure_tune(config)
+    got = measure_tune(config, 3 if tokens <= 8192 else 1)
     tokens = case.seq * case.batch
     rows = [
         row("host", case, said.host_bytes, got.host_bytes),
@@ -164,28 +167,55 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="sizes")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "gemwright-random")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--half", choices=("both", "fitted", "held-out"), default="both")
+    parser.add_argument("--rows", nargs="*", type=Path, default=[])
+    parser.add_argument("--time-limit", type=float, default=1e9, help="start no case after so many seconds")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.models.mkdir(parents=True, exist_ok=True)
+    if options.rows:
+        write([json.loads(line) for path in options.rows for line in path.read_text().splitlines()], options)
+        return
     if options.case:
+        import gemwright.train.verify  # noqa: F401
+
+        sys.stdin.readline()  # our turn
         print(json.dumps(measure(Case(**json.loads(options.case)), options.models)))
         return
     cases = gpu_cases() if options.gpu else [*RUN, *TUNE]
     cases = [case for case in cases if not options.only or case.size in options.only]
-    rows: list[dict] = []
+    if options.half != "both":
+        cases = [case for case in cases if case.held_out == (options.half == "held-out")]
     for case in cases:
-        command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--models", str(options.models)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        model_path(case, options.models)
+    rows: list[dict] = []
+    begun, children = time.perf_counter(), []
+    for index, case in enumerate(cases):
+        if time.perf_counter() - begun > options.time_limit:
+            print(f"{label(case)}: left out, no time", file=sys.stderr)
+            break
+        running = children.pop() if children else child(case, options)
+        if options.gpu:  # the next imports meanwhile
+            children += [child(following, options) for following in cases[index + 1 : index + 2]]
+        out, errors = running.communicate("\n")
+        if running.returncode:
+            last = (errors.strip().splitlines() or ["no output"])[-1]
             print(f"{label(case)}: {last}", file=sys.stderr)
             continue
-        for found in json.loads(done.stdout.strip().splitlines()[-1]):
+        for found in json.loads(out.strip().splitlines()[-1]):
             rows.append(found)
             predicted, measured = values(found)
             if measured:
                 print(f"{label(case):44} {found['kind']:8} {predicted / measured - 1:+7.1%}", file=sys.stderr)
+    for waiting in children:
+        waiting.kill()
     write(rows, options)
+
+
+def child(case: Case, options: argparse.Namespace) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--models", str(options.models)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
 
 
 def label(case: Case) -> str:

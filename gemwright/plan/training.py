@@ -44,7 +44,7 @@ ATTENTION_SHARE = 0.45
 # What a layer costs the CPU that launches its kernels.
 LAUNCH_UP_S, LAUNCH_DOWN_S = 0.6e-3, 1.3e-3
 # The share of a step's other time from which on launching is left to a graph, and what then remains of it.
-GRAPH_SHARE, GRAPHED = 0.4, 0.1
+GRAPH_SHARE, GRAPHED = 0.15, 0.1
 # How much faster than in bf16 the products of a layer are in fp8, their rounding and that of the weights included.
 FP8_GAIN = 1.5
 # Of the layers, how many are tried as residents.
