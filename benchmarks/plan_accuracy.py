@@ -72,16 +72,16 @@ def gpu_cases() -> list[Case]:
     """Sizes, lengths, batches, ranks, caps, residencies and formats; half of what each size has is held out by turn."""
     cases = []
     shapes = [(128, 16), (512, 4), (2048, 1), (2048, 4), (8192, 1), (32_768, 1)]
-    for size in ("270m", "1b", "4b", "12b", "27b"):
+    for turn, size in enumerate(("270m", "1b", "4b", "12b", "27b")):
         for index, (seq, batch) in enumerate(shapes):
             cap = (6.0, 8.0, 12.0, 24.0)[(index + len(size)) % 4]
             rank = (8, 16, 64, 128)[index % 4]
             kinds = {"12b": ("Q4_0", "Q8_0"), "27b": ("Q4_0", "Q4_K_M")}.get(size, ("Q4_0", "Q4_K_M", "Q8_0"))
             kind = kinds[index % len(kinds)]
             how = "streamed" if index % 3 == 2 else "auto"
-            cases.append(Case("tune", size, kind, 0, seq, batch, rank, cap, how, "cuda", len(cases) % 2 == 1))
-        cases.append(Case("tune", size, "Q4_0", 0, 2048, 2, 16, None, "resident", "cuda", len(cases) % 2 == 1))
-        cases.append(Case("tune", size, "Q4_0", 0, 1024, 4, 32, 8.0, "auto", "cuda", len(cases) % 2 == 1))
+            cases.append(Case("tune", size, kind, 0, seq, batch, rank, cap, how, "cuda", (len(cases) + turn) % 2 == 1))
+        cases.append(Case("tune", size, "Q4_0", 0, 2048, 2, 16, None, "resident", "cuda", (len(cases) + turn) % 2 == 1))
+        cases.append(Case("tune", size, "Q4_0", 0, 1024, 4, 32, 8.0, "auto", "cuda", (len(cases) + turn) % 2 == 1))
     return cases
 
 
