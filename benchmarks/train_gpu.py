@@ -186,7 +186,7 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
     from gemwright.train.batches import Encoded
     from gemwright.train.memory import peak_rss_bytes
     from gemwright.train.optimizer import Optimizer
-    from gemwright.train.setup import job_of, new_lora, on_gpu, probe, use_expandable_segments
+    from gemwright.train.setup import card_here, job_of, new_lora, on_gpu, use_expandable_segments
     from gemwright.weights.model_file import open_model
 
     use_expandable_segments()
@@ -253,7 +253,7 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
         "file_bytes": file.bytes(),
         "source_kind": source_kind,
         "plan": plan.summary(),
-        "card": probe(device)._asdict(),
+        "card": card_here(device)._asdict(),
         "losses": losses,
         "device": name,
     }

@@ -18,6 +18,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 TAIL_STEP = 8
 # Rows and their labels are filled up to few sizes: the CPU library compiles each new shape of a product.
 ROW_STEP, LABEL_STEP = 64, 32
+# Up to this share of its positions a row's labels are few: its last layer leaves the others out after its attention.
+FEW = 0.5
 # Tokens of a row from which on the attention's backward goes head by head: memory counts more than launches.
 LONG = 16_384
 # Rows of fp32 sums that flash attention's backward takes for each document beyond its tokens.
@@ -50,6 +52,11 @@ class Keep(IntEnum):
 def rounded(count: int, step: int) -> int:
     """`count` up to whole steps."""
     return -(-count // step) * step
+
+
+def label_step(tokens: int) -> int:
+    """To whole numbers of how many labels the rows of so many tokens are filled up where all are to be alike."""
+    return rounded(tokens, 8 * LABEL_STEP) // 8
 
 
 def group_sizes(spec: ModelSpec) -> dict[str, tuple[int, int]]:

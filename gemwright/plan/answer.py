@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gemwright.errors import DoesNotFit, GemwrightError
+from gemwright.errors import DoesNotFit, GemwrightError, needed
 from gemwright.layout import activation_bytes
 from gemwright.plan.history import FEWEST, Seen, correction
 from gemwright.plan.model_bytes import ModelBytes
@@ -20,6 +20,8 @@ Purpose = Literal["run", "tune", "serve"]
 GIB = 1 << 30
 # What a training process holds beside the model's file and its activations: PyTorch, CUDA's library, Python.
 TRAINER_BYTES = int(1.35 * GIB)
+# A long run of products is slower than a short one, as the card's power limit has it; so is real work than a copy.
+SUSTAINED = {"bf16_flops": 0.85, "memory_bytes_s": 0.8}
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
 # From this width on a CPU's products are as fast as they get.
@@ -110,6 +112,13 @@ def budget_of(rig: Rig, work: Work) -> int:
     return rig.gpu.vram_bytes - CONTEXT_BYTES - rig.desktop_bytes
 
 
+def card_of(rig: Rig) -> Card:
+    """What the rig's GPU sustains: of what a probe measured in a moment a part, of a catalogue's figures all."""
+    gpu = needed(rig.gpu)
+    shares = [SUSTAINED[what] if rig.basis.get(f"gpu.{what}", "").startswith("measured") else 1.0 for what in SUSTAINED]
+    return Card(gpu.bf16_flops * shares[0], gpu.link_bytes_s, gpu.memory_bytes_s * shares[1])
+
+
 def room_for_activations(available: int, file_bytes: int) -> int:
     """Bytes of `available` RAM that are left beside a mapped model file and the trainer itself; may be negative."""
     return int(available * RAM_SHARE) - file_bytes - TRAINER_BYTES
@@ -119,8 +128,8 @@ def _tune(name: str, model: ModelBytes, rig: Rig, work: Work, seen: list[Seen], 
     basis = {"model": model.basis} | dict(rig.basis)
     if rig.gpu is None or rig.unified or (rig.gpu.capability or (8, 0)) < (8, 0):
         return _tune_on_cpu(name, model, rig, work, basis)
-    card = Card(rig.gpu.bf16_flops, rig.gpu.link_bytes_s, rig.gpu.memory_bytes_s)
-    job = Job(model.spec, model.largest_layer, model.embed, work.rank, LINEARS, work.seq, work.rows, CHAT_LABELLED)
+    card = card_of(rig)
+    job = Job(model.spec, model.largest_layer, model.embed, work.rank, LINEARS, work.seq, work.rows, *CHAT_LABELLED)
     free = room_for_activations(rig.ram_available_bytes, model.total)
     if free < 0:
         raise DoesNotFit(
@@ -190,7 +199,7 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
         )
     kept = min(unpacked, max(0, (room - least) // 2))
     items.append(("host", "layers kept unpacked", kept))
-    flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * CHAT_LABELLED
+    flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * CHAT_LABELLED[0]
     recompute = 1.5 if again else 1.0
     share = CPU_SHARE * min(1.0, spec.hidden / FULL_WIDTH)
     speed = share * max(rig.cpu.bf16_flops, rig.cpu.fp32_flops) / (flops * recompute)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from gemwright.errors import DoesNotFit
 from gemwright.layout import (
+    FEW,
     GROUPS,
     LONG,
     ROW_STEP,
@@ -21,6 +22,7 @@ from gemwright.layout import (
     adapter_parameters,
     document_room,
     group_sizes,
+    label_step,
     product_bytes,
     rounded,
     scratch_bytes,
@@ -29,18 +31,21 @@ from gemwright.report import size
 from gemwright.spec import ModelSpec
 
 MIB = 1 << 20
-# What PyTorch's matrix library takes for itself, and what its allocator cannot hand out again between blocks.
+# What PyTorch's matrix library takes for itself.
 LIBRARY_BYTES = 72 * MIB
-SLACK = 0.025
+# What the allocator cannot hand out again between blocks, of those that come and go and of those that stay a step.
+SLACK, KEPT_SLACK = 0.22, 0.008
 MICRO_TOKENS = 8192
-# Of the tokens of chats, how many are targets, where nobody knows better.
-CHAT_LABELLED = 0.3
+# Of the tokens of chats, how many are targets, and of the row with the most of them, where nobody knows better.
+CHAT_LABELLED = (0.3, 0.35)
 CHUNKS = (8192, 4096, 2048, 1024)
 HOST_SHARE = 0.7
 # Bytes a second over a link that is busy both ways, beside those of one way.
 BOTH_WAYS = 1.4
-# How fast attention is beside other products.
-ATTENTION_SHARE = 0.45
+# Products of more rows times columns than these run faster, by this power of them.
+PROBED_SIZE, SIZE_GAIN = 2048 * 3840, 0.06
+# How fast attention and the thin products of adapters are beside other products.
+ATTENTION_SHARE, ADAPTER_SHARE = 0.45, 0.5
 # What a layer costs the CPU that launches its kernels.
 LAUNCH_UP_S, LAUNCH_DOWN_S = 0.6e-3, 1.3e-3
 # The share of a step's other time from which on launching is left to a graph, and what then remains of it.
@@ -63,6 +68,7 @@ class Card(NamedTuple):
 class Job:
     """What has to fit: the model's bytes by layer, the adapters, the rows of a step.
 
+    `labelled` is the share of all tokens that are targets, `labelled_most` that of the row with the largest.
     `ordered_on` are the card's multiprocessors where attention's backward is to add in a fixed order, else 0.
     """
 
@@ -74,6 +80,7 @@ class Job:
     seq: int
     rows: int
     labelled: float = 1.0
+    labelled_most: float = 1.0
     ordered_on: int = 0
     dora: bool = False
     fp8: bool = False
@@ -219,7 +226,7 @@ def _filled(
             keep, on_host = _placed(layers, here, host, device)
             plan = itemise(job, Arrangement(resident, slots, keep, on_host, joined, chunk, positions, head_rows))
             spare = budget - plan.predicted_bytes
-            more = max(0, min(layers - here, int(spare / (1 + SLACK)) // max(1, each)))
+            more = max(0, min(layers - here, int(spare / (1 + KEPT_SLACK)) // max(1, each)))
             if not more:
                 break
             here += more
@@ -274,7 +281,7 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
         "work space, activations in transit": max(0, activation_peak(job, plan, micro, tokens) - here),
         "matrix library": LIBRARY_BYTES,
     }
-    items["allocator"] = int(SLACK * sum(items.values()))
+    items["allocator"] = int(SLACK * items["work space, activations in transit"] + KEPT_SLACK * here)
     return replace(plan, items=items, host_bytes=kept[True] * tokens)
 
 
@@ -284,12 +291,16 @@ def _qkv(spec: ModelSpec) -> int:
 
 @dataclass(frozen=True)
 class _Visit:
-    """Values (2 bytes each) that a visit of one layer by one micro-batch of `n` tokens holds, in chunks of `c`."""
+    """Values (2 bytes each) that a visit of one layer by one micro-batch of `n` tokens holds, in chunks of `c`.
+
+    `m` of the tokens go on after the attention.
+    """
 
     job: Job
     keep: Keep
     n: int
     c: int
+    m: int
 
     @property
     def long(self) -> bool:
@@ -324,7 +335,20 @@ class _Visit:
         values = d + (d + job.tail("gate_up")) + (f + job.tail("down"))
         values += 0 if kept and self.keep > Keep.INPUT else 2 * d
         values += 0 if kept and self.keep >= Keep.PRODUCTS else 2 * f
-        return self.c * values
+        if self.m < self.n:
+            values += self.out + job.tail("o")
+        return min(self.c, self.m) * values
+
+    def selected(self) -> int:
+        """The input and the gradient of the positions that go on, beside those of all."""
+        return 2 * self.m * self.job.spec.hidden if self.m < self.n else 0
+
+    def kept(self) -> int:
+        """Bytes that wait for the backward."""
+        fewer = 2 * self.job.spec.hidden * (self.keep > Keep.INPUT) + 2 * self.job.spec.mlp * (
+            self.keep >= Keep.PRODUCTS
+        )
+        return kept_bytes(self.job, self.keep) * self.n - 2 * fewer * (self.n - self.m)
 
     def rounded(self, width: int, group: str) -> int:
         """A product's input in fp8, for its time."""
@@ -333,10 +357,10 @@ class _Visit:
     def forward(self) -> int:
         """The peak of a forward besides its input: whatever is kept of this layer included."""
         d, f = self.job.spec.hidden, self.job.spec.mlp
-        kept = 2 * d * (self.keep > Keep.INPUT) + 2 * f * (self.keep >= Keep.PRODUCTS)
-        kept += (self.out + 2 * self.kv) * (self.keep >= Keep.HEADS)
-        mlp = self.attended() + self.n * (d + kept) + self.chunk(kept=True) + self.rounded(f, "down")
-        return max(self.attend(), mlp)
+        wide = self.m * (d + 2 * d * (self.keep > Keep.INPUT) + 2 * f * (self.keep >= Keep.PRODUCTS))
+        wide += self.n * (self.out + 2 * self.kv) * (self.keep >= Keep.HEADS)
+        mlp = self.attended() + wide + self.chunk(kept=True) + self.rounded(f, "down")
+        return max(self.attend(), mlp + self.selected())
 
     def backward(self) -> int:
         """The peak of a backward besides its input, its gradient and what was kept."""
@@ -349,7 +373,7 @@ class _Visit:
         )
         back = max(f + job.tail("down") + d, 3 * d + job.tail("gate_up") + self.out + job.tail("o"))
         collected = self.n * self.out if self.long else 0
-        mlp = held + collected + self.chunk(kept=True) + self.c * (back + 2 * f * job.dora)
+        mlp = held + collected + self.chunk(kept=True) + min(self.c, self.m) * (back + 2 * f * job.dora)
         mlp += self.rounded(2 * f, "gate_up")
         apart = job.spec.kv_heads if self.n > LONG else 1
         together = job.spec.heads // apart
@@ -359,7 +383,8 @@ class _Visit:
         again = self.out + 2 * self.kv
         end = self.rotated() + (0 if self.long else joint) + joint
         end += self.rounded(again, "qkv") + self.c * (again * (2 if self.long else 1) + 2 * (d + job.tail("qkv")))
-        return max(start, mlp, attention, end)
+        apart_m = self.m * self.out if self.m < self.n else 0  # until its positions are among all others again
+        return max(start, mlp, attention + apart_m, end) + self.selected()
 
 
 def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int:
@@ -369,13 +394,21 @@ def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int
     away = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if host]
     here = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if not host]
     waiting = sum(kept_bytes(job, k) * n for (k, host), n in plan.kinds().items() if not host) * tokens
-    last = _Visit(job, plan.keep[-1], micro, chunk)
+    # Of the last layer only few positions may go on after its attention; it is gone before the one below goes back.
+    fewer = rounded(int(job.labelled_most * micro), label_step(micro))
+    fewer = fewer if fewer < FEW * micro else micro
+    last = _Visit(job, plan.keep[-1], micro, chunk, fewer)
+    own = kept_bytes(job, here[-1]) * tokens if here else 0
+    waiting_last = waiting - own + (last.kept() * tokens // micro if here else 0)
     states = d * tokens
     peaks = [2 * (states + last.forward()) + waiting - (kept_bytes(job, here[-1]) * micro if here else 0)]
-    peaks.append(waiting + head_peak(job, plan, tokens))
-    peaks.append(waiting + 2 * (states + last.backward()))
+    peaks.append(waiting_last + head_peak(job, plan, tokens))
+    peaks.append(waiting_last + 2 * (states + last.backward()))
+    if len(here) > 1:
+        below = _Visit(job, here[-2], micro, chunk, micro)
+        peaks.append(waiting - own + 2 * (states + below.backward()))
     if away:
-        visit, moved = _Visit(job, away[0], micro, chunk), kept_bytes(job, away[0])
+        visit, moved = _Visit(job, away[0], micro, chunk, micro), kept_bytes(job, away[0])
         peaks.append(2 * (states + visit.forward()) + 2 * moved * micro)
         peaks.append(2 * (states + visit.backward()) + 2 * moved * tokens)
     return max(peaks)
@@ -394,7 +427,10 @@ def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
     whole = sum(weights.values())
     again = {Keep.INPUT: 1.0, Keep.NARROW: 1 - (weights["o"] + weights["down"]) / whole, Keep.PRODUCTS: 0.0}
     again[Keep.HEADS] = (weights["gate"] + weights["up"]) / whole
-    a_pass = 2 * whole * tokens / card.flops / (FP8_GAIN if job.fp8 else 1)
+    adapters = sum(job.tail(group) * sum(size) for group, size in group_sizes(spec).items()) / ADAPTER_SHARE
+    rows = min(plan.chunk, plan.joined * job.row_tokens)
+    flops = card.flops * (rows * spec.hidden / PROBED_SIZE) ** SIZE_GAIN
+    a_pass = 2 * (whole / (FP8_GAIN if job.fp8 else 1) + adapters) * tokens / flops
     whole_layers = sum(spec.is_global(i) for i in range(spec.layers)) / spec.layers
     seen = job.seq / 2 * whole_layers + min(job.seq / 2, spec.window) * (1 - whole_layers)
     attention = 4 * seen * spec.heads * spec.head_dim * tokens / (ATTENTION_SHARE * card.flops)

@@ -13,7 +13,7 @@ from gemwright.data.read import read_examples
 from gemwright.errors import GemwrightError, InputError
 from gemwright.kernels.attend import Attention
 from gemwright.kernels.heads import Table
-from gemwright.layout import LABEL_STEP, ROW_STEP, rounded
+from gemwright.layout import LABEL_STEP, ROW_STEP, label_step, rounded
 from gemwright.model.decoder import plan_attention, rope_tables
 from gemwright.spec import PAD, ModelSpec
 from gemwright.text.chat import Message, TrainOn, encode_example
@@ -105,7 +105,7 @@ def make_row(
     """
     tokens = sum(len(d.ids) for d in documents)
     fill = (full or rounded(tokens, ROW_STEP)) - tokens
-    label_step = LABEL_STEP if full is None else rounded(full, 8 * LABEL_STEP) // 8
+    step = LABEL_STEP if full is None else label_step(full)
     if fill:
         documents = [*documents, Encoded([PAD] * fill, [False] * fill)]
     lengths = [len(d.ids) for d in documents]
@@ -113,7 +113,7 @@ def make_row(
     learned = torch.tensor([flag for d in documents for flag in [*d.labelled[1:], False]])
     at, spare = learned.nonzero()[:, 0], (~learned).nonzero()[:, 0]
     targets = ids[at + 1]
-    spare = spare[: max(label_step, rounded(len(at), label_step)) - len(at)]
+    spare = spare[: max(step, rounded(len(at), step)) - len(at)]
     positions = torch.cat([torch.arange(n) for n in lengths])
     at, padded = torch.cat([at, spare]), torch.cat([targets, torch.full_like(spare, IGNORED)])
     return Row(

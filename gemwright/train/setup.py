@@ -19,9 +19,10 @@ from gemwright.model.lora import LoRA
 from gemwright.model.residency import UnpackedResidency
 from gemwright.model.sources import LayerBytes
 from gemwright.model.streamed import StreamedResidency, spread
-from gemwright.plan.answer import room_for_activations
+from gemwright.plan.answer import card_of, room_for_activations
 from gemwright.plan.training import MIB, Arrangement, Card, Job, arrange, described, itemised
 from gemwright.report import say
+from gemwright.rigs import this_machine
 from gemwright.train.batches import Encoded, Row, make_row
 from gemwright.train.config import TrainConfig
 from gemwright.train.graphs import Graphs
@@ -32,6 +33,7 @@ from gemwright.weights.model_file import ModelFile
 # What is left to the desktop and to CUDA itself where nobody says how much may be used.
 MARGIN_BYTES = 512 * MIB
 FP8_SINCE = (8, 9)
+ALL = (1.0, 1.0)
 
 
 @dataclass
@@ -131,8 +133,8 @@ def check_compute(compute: str, device: torch.device) -> None:
     raise InputError(why, where="--compute", fix="Use --compute bf16.")
 
 
-def job_of(config: TrainConfig, file: ModelFile, labelled: float = 1.0) -> Job:
-    """What the configuration asks the GPU to hold; `labelled` of its tokens are targets."""
+def job_of(config: TrainConfig, file: ModelFile, labelled: tuple[float, float] = ALL) -> Job:
+    """What the configuration asks the GPU to hold; `labelled` as `Job` has it: of all tokens, of a row at most."""
     largest = max(LayerBytes(file, i).size for i in range(file.spec.layers))
     return Job(
         file.spec,
@@ -142,7 +144,7 @@ def job_of(config: TrainConfig, file: ModelFile, labelled: float = 1.0) -> Job:
         config.targets,
         config.seq,
         config.rows_per_step,
-        labelled,
+        *labelled,
         ordered_on=torch.cuda.get_device_properties(0).multi_processor_count if config.deterministic else 0,
         dora=config.dora,
         fp8=config.compute == "fp8",
@@ -164,11 +166,11 @@ def budget_bytes(vram: int | None, device: torch.device) -> int:
 
 
 def set_up(
-    config: TrainConfig, file: ModelFile, device: torch.device, dtype: torch.dtype, labelled: float = 1.0
+    config: TrainConfig, file: ModelFile, device: torch.device, dtype: torch.dtype, labelled: tuple[float, float] = ALL
 ) -> Setup:
     """Load a model and new adapters for training on `device`; on a GPU exactly as `arrange` lays it out.
 
-    `labelled` is the share of the tokens that are targets, by which time is predicted.
+    `labelled` is the share of the tokens that are targets, and the most that any row has.
     """
     if device.type == "cpu":
         return _on_cpu(config, file, new_lora(config, file, device, dtype), dtype)
@@ -212,7 +214,7 @@ def plan_for(
     device: torch.device,
     budget: int | None = None,
     link_share: float = 1.0,
-    labelled: float = 1.0,
+    labelled: tuple[float, float] = ALL,
 ) -> Arrangement:
     """The arrangement for this card, with nothing loaded yet; as if its link had that share of its speed.
 
@@ -220,7 +222,7 @@ def plan_for(
     """
     budget = budget_bytes(config.vram, device) if budget is None else budget
     total = torch.cuda.get_device_properties(device).total_memory
-    card = probe(device)
+    card = card_here(device)
     card = card._replace(link=card.link * link_share)
     host_free = room_for_activations(available_ram_bytes(), file.bytes())
     keeps = {"always": (Keep.INPUT,), "never": (Keep.PRODUCTS,), "auto": tuple(Keep)[:-1]}[config.recompute]
@@ -257,6 +259,14 @@ def on_gpu(
 
 
 @cache
+def card_here(device: torch.device) -> Card:
+    """The card as `gemwright doctor` measured it, so that plan and run count alike; else by a quick probe."""
+    rig, name = this_machine(), torch.cuda.get_device_name(device)
+    wanted = ("gpu.bf16_flops", "gpu.link_bytes_s", "gpu.memory_bytes_s")
+    known = all(rig.basis.get(figure, "").startswith("measured") for figure in wanted)
+    return card_of(rig) if known and rig.gpu is not None and rig.gpu.name == name else probe(device)
+
+
 def probe(device: torch.device) -> Card:
     """Measure, in some hundredths of a second, the card's matrix products and its link."""
     side, block = 4096, 64 * MIB

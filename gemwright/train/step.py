@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemwright.kernels.cross_entropy import ROWS, linear_cross_entropy
 from gemwright.kernels.dispatch import rms_norm, rms_norm_backward, softmax_chunk
-from gemwright.layout import Keep
+from gemwright.layout import FEW, Keep
 from gemwright.model.activations import Activations, OnDevice
 from gemwright.model.decoder import Gemma
 from gemwright.model.layer import LayerPass, everywhere
@@ -118,7 +118,7 @@ def forward_backward(
 
 def _few(row: Row) -> bool:
     """Whether so few positions carry a label that the last layer had better leave the others out."""
-    return 2 * len(row.at) < len(row.ids)
+    return len(row.at) < FEW * len(row.ids)
 
 
 def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float | Tensor, work: Work, nll: Tensor) -> Tensor:
