@@ -33,8 +33,8 @@ from gemwright.spec import ModelSpec
 MIB = 1 << 20
 # What PyTorch's matrix library takes for itself.
 LIBRARY_BYTES = 72 * MIB
-# What the allocator cannot hand out again between blocks, of those that come and go and of those that stay a step.
-SLACK, KEPT_SLACK = 0.22, 0.008
+# What the allocator cannot hand out again between blocks: of those that come and go, of those that stay a step, of all.
+SLACK, KEPT_SLACK, MOST_SLACK = 0.22, 0.008, 0.025
 MICRO_TOKENS = 8192
 # Of the tokens of chats, how many are targets, and of the row with the most of them, where nobody knows better.
 CHAT_LABELLED = (0.3, 0.35)
@@ -281,7 +281,8 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
         "work space, activations in transit": max(0, activation_peak(job, plan, micro, tokens) - here),
         "matrix library": LIBRARY_BYTES,
     }
-    items["allocator"] = int(SLACK * items["work space, activations in transit"] + KEPT_SLACK * here)
+    passing = items["work space, activations in transit"]
+    items["allocator"] = int(min(SLACK * passing + KEPT_SLACK * here, MOST_SLACK * sum(items.values())))
     return replace(plan, items=items, host_bytes=kept[True] * tokens)
 
 
