@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from gemwright.model.pinned import Locks, host_buffer, touch
 from gemwright.report import say
 
 _ALIGN = 256
+# Buffers that are made at a time: the system provides and locks pages on one core each.
+_AHEAD = 4
 
 
 class Activations(Protocol):
@@ -63,6 +66,8 @@ class Offloaded:
         self._away: dict[tuple[int, int], list[Tensor]] = {}
         self._back: dict[tuple[int, int], tuple[torch.cuda.Event, list[Tensor]]] = {}
         self._locks = Locks()
+        self._pool = ThreadPoolExecutor(_AHEAD)
+        self._coming: deque[Future[Tensor]] = deque()
         self._refused = False
         self.copies = 1  # more of them stand for a slower link
 
@@ -116,6 +121,10 @@ class Offloaded:
         """Give the memory back, the host's and the device's."""
         torch.cuda.synchronize(self._device)
         self.forget()
+        for coming in self._coming:
+            coming.result()
+        self._coming.clear()
+        self._pool.shutdown()
         self._locks.unlock_all()
         self._buffers.clear()
 
@@ -133,13 +142,24 @@ class Offloaded:
             if buffer is not None:
                 torch.cuda.synchronize(self._device)
                 self._locks.unlock(buffer)
-            buffer = self._buffers[key] = self._new_buffer(sum(sizes))
+            buffer = self._buffers[key] = self._next_buffer(key[0], sum(sizes))
         places, at = [], 0
         for tensor, size in zip(tensors, sizes, strict=True):
             whole = buffer[at : at + tensor.numel() * tensor.element_size()]
             places.append(whole.view(tensor.dtype).view(tensor.shape))
             at += size
         return places
+
+    def _next_buffer(self, layer: int, size: int) -> Tensor:
+        """A new buffer; those of later layers, which keep as much, are being made meanwhile."""
+        later = sum(self._on_host[layer + 1 :])
+        while len(self._coming) <= min(_AHEAD, later):
+            self._coming.append(self._pool.submit(self._new_buffer, size))
+        buffer = self._coming.popleft().result()
+        if buffer.numel() >= size:
+            return buffer
+        self._locks.unlock(buffer)
+        return self._new_buffer(size)
 
     def _new_buffer(self, size: int) -> Tensor:
         buffer = host_buffer(size)
