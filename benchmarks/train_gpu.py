@@ -5,10 +5,10 @@
     python benchmarks/train_gpu.py --more                     # other formats, sources, slower links, no cap
 
 Weights are random, in the true shapes. Every configuration is a process of its own, in which it runs under
-`torch.cuda.set_per_process_memory_fraction` after its resident twin (no cap, nothing streamed or offloaded, each layer
-keeping what it keeps under the cap), and after the limit: three passes of products over every linear, flash attention,
-the head on all positions. Beyond 8,192 tokens a row the limit counts the attention of 8,192 only. Every position has a
-label. Runs from the source tree.
+`torch.cuda.set_per_process_memory_fraction` after the limit (three passes of products over every linear, flash
+attention, the head on all positions) and before its resident twin (no cap, nothing streamed or offloaded, each layer
+keeping what it keeps under the cap). Beyond 8,192 tokens a row the limit counts the attention of 8,192 only. Every
+position has a label. Runs from the source tree.
 """
 
 from __future__ import annotations
@@ -300,15 +300,13 @@ def main() -> None:
             continue
         twin = resident(case)
         wanted = not options.no_resident and case.sequence <= 8192 and twin.name not in baselines
-        for row in child([twin, case] if wanted else [case], options):
-            if row["case"] == twin.name and wanted:
-                baselines[twin.name] = row
-                continue
-            base = baselines.get(twin.name, {})
-            both = row.get("tokens_per_s") and base.get("tokens_per_s")
-            row["ratio_to_resident"] = row["tokens_per_s"] / base["tokens_per_s"] if both else None
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        row, *base_rows = child([case, twin] if wanted else [case], options)
+        baselines |= {base["case"]: base for base in base_rows}
+        base = baselines.get(twin.name, {})
+        both = row.get("tokens_per_s") and base.get("tokens_per_s")
+        row["ratio_to_resident"] = row["tokens_per_s"] / base["tokens_per_s"] if both else None
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     if rows:
         write([*rows, *baselines.values()], options)
 
@@ -318,10 +316,10 @@ def run_all(cases: list[Case], options: argparse.Namespace) -> list[dict]:
     import gc
 
     start = time.perf_counter()
-    model_path(cases[-1], options.models)
-    limit, rows = limit_s(cases[-1]), []
+    model_path(cases[0], options.models)
+    limit, rows = limit_s(cases[0]), []
     for case in cases:
-        rows.append(run(case, cases[-1], options.models, options.steps, limit, time.perf_counter() - start))
+        rows.append(run(case, cases[0], options.models, options.steps, limit, time.perf_counter() - start))
         start = -1e9  # only the first case of a process begins with its command
         gc.collect()
     return rows
@@ -331,12 +329,12 @@ def child(cases: list[Case], options: argparse.Namespace) -> list[dict]:
     """Run cases in a process of their own; a row each, with `error` where it failed."""
     wanted = json.dumps([asdict(case) for case in cases])
     command = [sys.executable, __file__, "--case", wanted, "--models", str(options.models)]
-    steps = options.steps if cases[-1].batch * cases[-1].sequence <= 16_384 else 1
+    steps = options.steps if cases[0].batch * cases[0].sequence <= 16_384 else 1
     done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        print(f"{cases[-1].name}: failed: {done.stderr[-1500:]}", file=sys.stderr)
-        return [{**asdict(cases[-1]), "case": cases[-1].name, "error": last}]
+        print(f"{cases[0].name}: failed: {done.stderr[-1500:]}", file=sys.stderr)
+        return [{**asdict(cases[0]), "case": cases[0].name, "error": last}]
     rows = [json.loads(line) for line in done.stdout.strip().splitlines()]
     for row in rows:
         peak, predicted = row["peak_reserved_bytes"] / GIB, row["predicted_peak_bytes"] / GIB
