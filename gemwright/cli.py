@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gemwright import __version__
-from gemwright.report import Progressing, command, duration, say, size
+from gemwright import __version__, cli_runs
+from gemwright.report import Progressing, command, say, size
 
 if TYPE_CHECKING:
     from gemwright.engines.protocol import Generation
-    from gemwright.train.loop import Progress
 
 app = typer.Typer(
     name="gemwright",
@@ -37,6 +36,7 @@ app = typer.Typer(
       gemwright score page.txt --model 270m
     """,
 )
+app.add_typer(cli_runs.app, name="runs")
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="270m, a GGUF file or a safetensors folder.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", "-a", help="A run folder of 'gemwright tune'.")]
@@ -210,15 +210,32 @@ def tune(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="The same bits in every run, more slowly.")
     ] = None,
+    validation: Annotated[Path | None, typer.Option("--validation", help="Data to measure the loss on.")] = None,
+    holdout: Annotated[
+        int | None, typer.Option("--holdout", min=1, help="Keep so many examples back, to measure the loss on.")
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option("--eval-every", min=1, help="Measure it every so many steps (each epoch's end).")
+    ] = None,
+    stop_after: Annotated[
+        int | None, typer.Option("--stop-after", min=1, help="End after so many measurements without a gain.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option("--save-every", min=1, help="Steps from checkpoint to checkpoint (every 10 minutes).")
+    ] = None,
+    keep: Annotated[int | None, typer.Option("--keep", min=1, help="Checkpoints to keep besides the best (2).")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Stop at this time of day, e.g. 07:00.")] = None,
+    max_hours: Annotated[float | None, typer.Option("--max-hours", help="Stop after so many hours.")] = None,
     seed: Seed = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a model with LoRA on your data.
+    """Fine-tune a model with LoRA on your data. Ctrl-C stops it with all saved; 'gemwright runs resume' goes on.
 
     \b
     Examples:
       gemwright tune chats.jsonl --model 270m --out runs/first
+      gemwright tune chats.jsonl --model 270m --out runs/night --epochs 5 --holdout 50 --stop-after 2 --until 07:00
       gemwright tune chats.jsonl --model 270m --out runs/short --max-steps 50 --rank 8 --json
       gemwright tune chats.jsonl --model 27b --out runs/large --seq 2048 --tokens-per-step 8192 --vram 7.5GiB
     """
@@ -228,18 +245,8 @@ def tune(
 
     config = TrainConfig(**given)
     with Progressing() as progress:
-        result = train(config, lambda p: progress.update(p.phase, p.step / max(p.steps, 1), _training_text(p)))
-    row = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
-    _give(
-        row,
-        as_json,
-        f"{out}: {result.steps} steps, loss {result.loss_first:.3f} -> {result.loss_last:.3f}, "
-        f"{result.tokens_per_s:.0f} tokens/s, peak {size(result.peak_rss_bytes)} of RAM",
-    )
-    pytorch = () if result.adapter_gguf else ("--engine", "pytorch")
-    if pytorch:
-        say("no adapter.gguf was written: llama.cpp cannot express DoRA; --engine pytorch runs it")
-    say(f"next: {command('gemwright', 'chat', '--model', model, '--adapter', out, *pytorch)}")
+        result = train(config, lambda p: cli_runs.show_progress(progress, p))
+    cli_runs.give_result(result, model, as_json)
 
 
 @app.command()
@@ -423,16 +430,3 @@ def _answer(done: Generation, engine: str) -> dict[str, Any]:
 
 def _with(adapter: Path | None) -> list[object]:
     return ["--adapter", adapter] if adapter else []
-
-
-def _training_text(progress: Progress) -> str:
-    if not progress.step:
-        return ""
-    return (
-        f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {progress.tokens_per_s:.0f} tokens/s  "
-        f"{duration(progress.eta_s)} left  {size(progress.rss_bytes)}"
-    ) + (
-        f" of RAM  {size(progress.device_bytes)} of VRAM  {progress.waiting:.0%} waiting"
-        if progress.device_bytes
-        else ""
-    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemwright.errors import InputError
 from gemwright.report import Progressing, duration
-from gemwright.runs import write_json
+from gemwright.runs import RunFolder
 
 if TYPE_CHECKING:
     from gemwright.data.read import Example
@@ -62,7 +62,8 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
         "seconds": round(time.perf_counter() - start, 1),
         "run": str(out),
     }
-    write_json(out / "summary.json", summary)
+    run = RunFolder.open(out)
+    run.end((run.summary() or {}) | summary)
     progress.update("done", 1.0)
     return summary, _examples(test, before, after)
 
@@ -78,9 +79,8 @@ def _clear(out: Path) -> None:
         data = ""
     if Path(data).parts[-2:] != ("cldr", "train.jsonl"):
         raise InputError("holds something that is not a demo", where=out, fix="Choose another --out.")
-    newest = max(file.stat().st_mtime for file in out.iterdir())
-    if (out / "lock").exists() and time.time() - newest < 60:
-        raise InputError("another demo is at work here", where=out, fix="Wait a minute, or choose another --out.")
+    if RunFolder(out).is_at_work():
+        raise InputError("another demo is at work here", where=out, fix="Wait for its end, or choose another --out.")
     shutil.rmtree(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ class TrainConfig(BaseModel):
     means `rank`. `lr` rises linearly over `warmup` (a share of all steps), then follows `schedule`. After `patience`
     updates in a row whose loss or gradient is not finite the run stops. `compute` "fp8" is for the products of the
     frozen weights alone. `graphs` allows steps to be replayed as CUDA graphs where that is faster.
+    A checkpoint is written every `save_every` steps (None: by time). Every `eval_every` steps (None: at each epoch's
+    end) the loss on `validation` or on `holdout` examples is measured, and after `stop_after` of them without a gain
+    the run ends. `until` (HH:MM) and `max_hours` bound this process's work.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +58,14 @@ class TrainConfig(BaseModel):
     deterministic: bool = False
     graphs: bool = True
     threads: int | None = Field(None, ge=1)
+    save_every: int | None = Field(None, ge=1)
+    keep: int = Field(2, ge=1)
+    validation: Path | None = None
+    holdout: int | None = Field(None, ge=1)
+    eval_every: int | None = Field(None, ge=1)
+    stop_after: int | None = Field(None, ge=1)
+    until: str | None = None
+    max_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -67,11 +79,24 @@ class TrainConfig(BaseModel):
             raise InputError("DoRA needs the weights' rows in bf16", where="--dora", fix="Leave --compute fp8 out.")
         if self.compute == "fp8" and self.precision == "fp32":
             raise InputError("fp8 products have bf16 around them", where="--compute", fix="Leave --precision out.")
+        if self.validation and self.holdout:
+            raise InputError("two validation sets", where="--holdout", fix="Give one of the two.")
+        for name in ("eval_every", "stop_after"):
+            if getattr(self, name) and not self.evaluates:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError("there is nothing to evaluate on", where=flag, fix="Give --validation or --holdout.")
 
     @field_validator("vram", mode="before")
     @classmethod
     def _bytes(cls, value: object) -> object:
         return bytes_of(value) if isinstance(value, str) else value
+
+    @field_validator("until")
+    @classmethod
+    def _clock(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", value):
+            raise ValueError("a time of day is written as 07:00")
+        return value
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -82,6 +107,11 @@ class TrainConfig(BaseModel):
     def scaled_alpha(self) -> float:
         """LoRA's alpha."""
         return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.validation is not None or self.holdout is not None
 
     @property
     def rows_per_step(self) -> int:

@@ -1,4 +1,4 @@
-"""A fine-tune from config to finished run folder."""
+"""A fine-tune from config to finished run folder, and from a checkpoint on."""
 
 from __future__ import annotations
 
@@ -6,280 +6,399 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
-from gemwright.errors import InputError, MachineError
-from gemwright.model.lora import LoRA, check_targets
-from gemwright.model.precision import choose_dtype
-from gemwright.plan.answer import TRAINER_BYTES
-from gemwright.plan.history import Seen, remember
-from gemwright.report import say, size
+from gemwright.errors import GemwrightError, MachineError, needed
+from gemwright.report import command, say
 from gemwright.runs import RunFolder
-from gemwright.text.tokenizer import Tokenizer
-from gemwright.train.batches import Encoded, Row, encode_file, pack, steps
+from gemwright.train.background import in_background
+from gemwright.train.batches import Row, pack, steps
+from gemwright.train.checkpoint import Checkpoint, Checkpoints, State, on_cpu
 from gemwright.train.config import TrainConfig
+from gemwright.train.inputs import Inputs, check_same, origin_of, read_inputs, say_versions, settings_of
 from gemwright.train.memory import peak_rss_bytes, rss_bytes
 from gemwright.train.optimizer import Optimizer, learning_rate
 from gemwright.train.plot import plot_loss
-from gemwright.train.setup import (
-    Setup,
-    check_compute,
-    check_placing,
-    choose_device,
-    set_up,
-    shrink,
-    use_expandable_segments,
-)
+from gemwright.train.results import Ending, Progress, TuneResult, compare_peak, remember_run, save_adapter
+from gemwright.train.setup import Setup, arrangement_of, set_up, shrink, use_expandable_segments
 from gemwright.train.step import StepLoss
-from gemwright.weights.gguf_writer import write_gguf_lora
-from gemwright.weights.model_file import ModelFile, open_model
-from gemwright.weights.peft_files import write_peft_adapter
-from gemwright.weights.pull import resolve_model
+from gemwright.train.stop import Stop
+from gemwright.train.validate import validate
+
+__all__ = ["Progress", "TuneResult", "resume", "tune"]
 
 RECENT = 10
-# A prediction further from the measured peak than this is said aloud.
-PEAK_TOLERANCE = 0.05
+# Without --save-every: what a crash may cost.
+SAVE_EVERY_S = 600.0
+Report = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a fine-tune stands. `loss` in nats a labelled token; `tokens_per_s` counts every token, labelled or not.
+def tune(config: TrainConfig, on_progress: Report | None = None) -> TuneResult:
+    """Fine-tune and write the run folder: config, metrics, plot, checkpoints, the adapter as PEFT folder and as GGUF.
 
-    `waiting` is the share of the last step that the device waited for weights, `device_bytes` what PyTorch holds there.
-    """
-
-    phase: Literal["preparing", "training", "saving"]
-    step: int
-    steps: int
-    loss: float
-    lr: float
-    tokens_per_s: float
-    eta_s: float
-    rss_bytes: int
-    waiting: float = 0.0
-    device_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a fine-tune left: `loss_first` of the first step, `loss_last` the mean of the last tenth of them.
-
-    `adapter_gguf` is None with DoRA, which llama.cpp cannot express.
-    """
-
-    run: Path
-    adapter: Path
-    adapter_gguf: Path | None
-    steps: int
-    loss_first: float
-    loss_last: float
-    tokens_per_s: float
-    peak_rss_bytes: int
-    peak_device_bytes: int
-
-
-def tune(config: TrainConfig, on_progress: Callable[[Progress], None] | None = None) -> TuneResult:
-    """Fine-tune and write the run folder: config, metrics, plot, the adapter as PEFT folder and as GGUF.
-
-    Everything that can be wrong with the input is found before the folder is made. Ctrl-C saves what is trained so far.
-    Raises InputError for bad data, model or settings, DoesNotFit where the video memory is too small for the smallest
-    arrangement, MachineError where the machine or the arithmetic fails.
+    Everything that can be wrong with the input is found before the folder is made. Ctrl-C, SIGTERM and the time limits
+    end it after the step in progress with all saved (`stopped` in the result). Raises InputError for bad data, model or
+    settings, DoesNotFit where the video memory is too small for the smallest arrangement, MachineError where the
+    machine or the arithmetic fails.
     """
     report = on_progress or (lambda progress: None)
     report(Progress("preparing", 0, 0, math.nan, 0.0, 0.0, 0.0, rss_bytes()))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    check_compute(config.compute, device)
-    check_placing(config, device)
-    dtype = choose_dtype(config.precision, device)
-    file = open_model(resolve_model(config.model))
-    if config.seq > file.spec.context:
-        raise InputError(
-            f"{config.seq} tokens exceed the model's context", where="--seq", fix=f"Use {file.spec.context} at most."
-        )
-    check_targets(file.spec, config.rank, config.targets)
-    examples = encode_file(config.data, Tokenizer.from_model(file).encode, config.train_on, config.seq)
+    stop = Stop(config.until, config.max_hours)
+    inputs = read_inputs(config)
     use_expandable_segments()
     RunFolder.check_new(config.out)
-    setup = set_up(config, file, device, dtype)
-    try:
-        run = RunFolder.create(config.out, _record(config, file, setup, examples))
+    with _set_up(inputs, None) as setup:
+        run = RunFolder.create(config.out, inputs.record | _planned(setup))
         try:
-            with ThreadPoolExecutor(1) as pool:
-                return _train(config, file, setup, examples, run, report, pool.submit(file.sha256))
+            base = in_background(lambda: _add_base_digest(run, inputs))
+            training = Training(inputs, setup, run, report, stop, base.result)
+            return training.run()
         finally:
             run.release()
+
+
+def resume(
+    path: Path, until: str | None = None, max_hours: float | None = None, on_progress: Report | None = None
+) -> TuneResult:
+    """Go on with the run in `path` from its newest complete checkpoint, as if it had never been interrupted.
+
+    A finished run gives its result again; one without a checkpoint begins anew. Raises InputError where its model, data
+    or settings are no longer what they were or another process is at work in it, else what `tune` raises.
+    """
+    report = on_progress or (lambda progress: None)
+    run = RunFolder.open(path)
+    run.claim()
+    try:
+        summary = run.summary()
+        if summary is not None and summary["state"] == "done":
+            say(f"{path}: this run is finished ({summary['steps']} steps)")
+            return TuneResult.of_summary(run, summary)
+        report(Progress("preparing", 0, 0, math.nan, 0.0, 0.0, 0.0, rss_bytes()))
+        record = run.config()
+        config = settings_of(record, path, until=until, max_hours=max_hours)
+        stop = Stop(config.until, config.max_hours)
+        inputs = read_inputs(config)
+        inputs.record["base"]["sha256"] = inputs.file.sha256()
+        now = origin_of(inputs.record)
+        check_same(origin_of(record), now, inputs.record)
+        say_versions(record, inputs.record)
+        checkpoint = Checkpoints(run.checkpoints, config.keep).newest()
+        if checkpoint is None:
+            say(f"{path}: no complete checkpoint; training begins at its first step")
+        else:
+            check_same(checkpoint.origin, now, inputs.record)
+        run.go_back_to(checkpoint.state.step if checkpoint else 0)
+        run.amend({"base": inputs.record["base"]})
+        use_expandable_segments()
+        with _set_up(inputs, checkpoint) as setup:
+            training = Training(inputs, setup, run, report, stop, lambda: now)
+            if checkpoint is not None:
+                training.go_on_from(checkpoint)
+            return training.run()
+    finally:
+        run.release()
+
+
+@contextmanager
+def _set_up(inputs: Inputs, checkpoint: Checkpoint | None) -> Iterator[Setup]:
+    earlier = None if checkpoint is None or checkpoint.arrangement is None else arrangement_of(checkpoint.arrangement)
+    setup = set_up(inputs.config, inputs.file, inputs.device, inputs.dtype, earlier=earlier)
+    try:
+        yield setup
     finally:
         setup.close()
 
 
-def _record(config: TrainConfig, file: ModelFile, setup: Setup, examples: list[Encoded]) -> dict[str, object]:
-    plan = setup.arrangement
-    record = config.model_dump(mode="json") | {
-        "alpha": config.scaled_alpha,
-        "compute": "fp8" if config.compute == "fp8" else str(setup.dtype).removeprefix("torch."),
-        "device": setup.device.type,
-        "examples": len(examples),
-        "base": {"path": str(file.path), "size": file.spec.name, "type": file.quantization},
-    }
-    return record if plan is None else record | {"plan": plan.summary()}
+def _planned(setup: Setup) -> dict[str, Any]:
+    return {} if setup.arrangement is None else {"plan": setup.arrangement.summary()}
 
 
-def _train(
-    config: TrainConfig,
-    file: ModelFile,
-    setup: Setup,
-    examples: list[Encoded],
-    run: RunFolder,
-    report: Callable[[Progress], None],
-    digest: Future[str],
-) -> TuneResult:
-    lora = setup.lora
-    optimizer = Optimizer(lora, config.weight_decay, config.clip)
-    rows_an_epoch = len(pack(examples, config.seq, config.seed, 0))
-    planned = math.ceil(config.epochs * math.ceil(rows_an_epoch / config.rows_per_step))
-    total = config.max_steps or planned
-    batches = itertools.islice(steps(examples, config.seq, config.rows_per_step, config.seed), total)
-    losses: list[float] = []
-    recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
-    steady_tokens, steady_s, shrunk = 0, 0.0, False
-    at = Progress("training", 0, total, math.nan, 0.0, 0.0, 0.0, rss_bytes())
-    report(at)
-    try:
-        epoch, packed = next(batches)
+def _add_base_digest(run: RunFolder, inputs: Inputs) -> dict[str, Any]:
+    """Hash the base model, beside the first steps as it may take long; what the run was started from."""
+    inputs.record["base"]["sha256"] = inputs.file.sha256()
+    run.amend({"base": inputs.record["base"]})
+    return origin_of(inputs.record)
+
+
+class Training:
+    """A fine-tune at work. `state`, adapter and optimizer are what a checkpoint holds; the rest can be made again.
+
+    `origin` waits until what the run was started from is known. Each of `after_step` and `after_evaluation` is called
+    with the row that was logged.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        setup: Setup,
+        run: RunFolder,
+        report: Report,
+        stop: Stop,
+        origin: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.inputs, self.config, self.setup, self.folder = inputs, inputs.config, setup, run
+        self.report, self.stop, self._origin = report, stop, origin
+        self.optimizer = Optimizer(setup.lora, self.config.weight_decay, self.config.clip)
+        self.checkpoints = Checkpoints(run.checkpoints, self.config.keep)
+        self.state = State()
+        rows_an_epoch = len(pack(inputs.examples, self.config.seq, self.config.seed, 0))
+        planned = math.ceil(self.config.epochs * math.ceil(rows_an_epoch / self.config.rows_per_step))
+        self.total = self.config.max_steps or planned
+        self.after_step: list[Callable[[dict[str, Any]], None]] = []
+        self.after_evaluation: list[Callable[[dict[str, Any]], None]] = []
+        self._at = Progress("training", 0, self.total, math.nan, 0.0, 0.0, 0.0, rss_bytes())
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self._begun_s = self._saved_at_s = time.monotonic()
+        self._saved_step, self._save_s, self._was_shrunk = 0, 0.0, False
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Be where `checkpoint` was written."""
+        self.state = checkpoint.state
+        self.setup.lora.master.copy_(checkpoint.adapter["master"])
+        self.setup.lora.refresh()
+        self.optimizer.load(checkpoint.optimizer)
+        self._saved_step, self._begun_s = self.state.step, time.monotonic() - self.state.used_s
+        self._at = replace(self._at, step=self.state.step)
+
+    def run(self) -> TuneResult:
+        """Train to the end, or until stopped, and write what came of it."""
+        try:
+            with self.stop:
+                return self._finish(self._until_ended())
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def _until_ended(self) -> Ending:
+        try:
+            return self._steps()
+        except (MemoryError, RuntimeError) as error:
+            if not _ran_out(error):
+                raise
+            kind = "video memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        # Only now, when the error no longer holds on to what the step had taken.
+        return Ending("failed", f"{kind} ran out{' twice' if self._was_shrunk else ''}", is_memory=True)
+
+    def _steps(self) -> Ending:
+        config, setup, state = self.config, self.setup, self.state
+        todo = max(0, self.total - state.step)
+        batches = itertools.islice(
+            steps(self.inputs.examples, config.seq, config.rows_per_step, config.seed, state.step), todo
+        )
+        epoch, packed = next(batches, (state.epoch, []))
         rows = setup.rows(packed)
-        for step in range(total):
+        self.report(self._at)
+        while (ended := self._ended()) is None:
             start = time.perf_counter()
-            rate = learning_rate(step, total, config.lr, config.warmup, config.schedule)
-            done = _attempt(setup, rows, config.seed + step)
+            rate = learning_rate(state.step, self.total, config.lr, config.warmup, config.schedule)
+            done = self._attempt(rows)
             if done is None:
-                if shrunk:
-                    break
-                shrunk = True
-                shrink(setup, config, file)
+                shrink(setup, config, self.inputs.file)
                 rows = setup.rows(packed)
                 say("video memory ran out: others took what was counted on; going on with less of it")
-                done = _attempt(setup, rows, config.seed + step)
-                if done is None:
-                    break
+                done = needed(self._attempt(rows))
             passed = epoch
             epoch, packed = next(batches, (epoch, []))
             rows = setup.rows(packed)  # while the device still works on this step
             loss = done.loss
-            norm = optimizer.update(rate, loss)
+            norm = self.optimizer.update(rate, loss)
             step_s = time.perf_counter() - start
-            waiting = setup.waited_s() / step_s
-            recent.append((done.tokens, step_s))
-            if step:  # the first step also fills what is kept
-                steady_tokens, steady_s = steady_tokens + done.tokens, steady_s + step_s
-            losses.append(loss)
-            speed = sum(t for t, _ in recent) / sum(s for _, s in recent)
-            row = {"step": step + 1, "epoch": passed, "loss": loss, "lr": rate, "grad_norm": norm}
-            row |= {"tokens": done.tokens, "labelled": done.labelled, "step_s": step_s, "tokens_per_s": speed}
-            row |= {"rss_bytes": rss_bytes(), "device_bytes": setup.held_bytes(), "waiting": waiting}
-            run.log(row | {"skipped": optimizer.skipped_in_a_row > 0})
-            eta_s = (total - step - 1) * sum(s for _, s in recent) / len(recent)
-            at = Progress(
-                "training", step + 1, total, loss, rate, speed, eta_s, rss_bytes(), waiting, setup.held_bytes()
+            if self._recent:  # a process's first step also fills what is kept
+                state.tokens, state.seconds = state.tokens + done.tokens, state.seconds + step_s
+            state.step, state.epoch = state.step + 1, passed
+            state.losses.append(loss)
+            self._log(done, loss, rate, norm, step_s)
+        return ended
+
+    def _attempt(self, rows: list[Row]) -> StepLoss | None:
+        """A step's forward and backward, or None (and no gradient) where a GPU's memory ran out for the first time."""
+        setup, seed = self.setup, self.config.seed + self.state.step
+        try:
+            return setup.forward_backward(rows, seed)
+        except torch.OutOfMemoryError:
+            if self._was_shrunk or setup.device.type == "cpu":
+                raise
+        self._was_shrunk = True
+        setup.lora.grad.zero_()
+        return None
+
+    def _log(self, done: StepLoss, loss: float, rate: float, norm: float, step_s: float) -> None:
+        """Record a step, for the metrics, whoever watches, and whoever was asked to look."""
+        state, setup, recent = self.state, self.setup, self._recent
+        waiting, is_first = setup.waited_s() / step_s, not recent
+        recent.append((done.tokens, step_s))
+        speed = sum(t for t, _ in recent) / sum(s for _, s in recent)
+        held_bytes, ram_bytes = setup.held_bytes(), rss_bytes()
+        row = {"step": state.step, "epoch": state.epoch, "loss": loss, "lr": rate, "grad_norm": norm}
+        row |= {"tokens": done.tokens, "labelled": done.labelled, "step_s": step_s, "tokens_per_s": speed}
+        row |= {"rss_bytes": ram_bytes, "device_bytes": held_bytes, "waiting": waiting}
+        row |= {"checkpoint_s": self._save_s, "skipped": self.optimizer.skipped_in_a_row > 0}
+        self._save_s = 0.0
+        self.folder.log(row)
+        for look in self.after_step:
+            look(row)
+        eta_s = (self.total - state.step) * sum(s for _, s in recent) / len(recent)
+        self._at = Progress(
+            "training",
+            state.step,
+            self.total,
+            loss,
+            rate,
+            speed,
+            eta_s,
+            ram_bytes,
+            waiting,
+            held_bytes,
+        )
+        self.report(self._at)
+        if is_first:
+            compare_peak(setup)
+
+    def _ended(self) -> Ending | None:
+        """What is due between two steps, evaluation and checkpoint, and then whether the run has come to its end."""
+        state, config = self.state, self.config
+        if self.optimizer.skipped_in_a_row >= config.patience:
+            return Ending("failed", f"loss or gradient was not a number {config.patience} times in a row")
+        is_best = self._evaluation_is_due() and self._evaluate()
+        every = config.save_every
+        is_due = state.step % every == 0 if every else time.monotonic() - self._saved_at_s >= SAVE_EVERY_S
+        if is_best or (is_due and not self.checkpoints.is_writing):
+            self._save()
+        if not self._evaluation_is_due():
+            if state.step >= self.total:
+                return Ending("done", f"{state.step} steps")
+            if config.stop_after and state.worse >= config.stop_after:
+                return Ending("done", f"no better for {state.worse} evaluations")
+        if state.step and (reason := self.stop.reason):
+            return Ending("stopped", reason)
+        return None
+
+    def _evaluation_is_due(self) -> bool:
+        state, every = self.state, self.config.eval_every
+        if not self.inputs.validation or not state.step or state.evaluated_step == state.step:
+            return False
+        return state.step >= self.total or (state.step % every == 0 if every else state.epoch == int(state.epoch))
+
+    def _evaluate(self) -> bool:
+        """Measure the validation loss, unless stopped meanwhile; whether it is the best so far."""
+        state, config = self.state, self.config
+        self.report(replace(self._at, phase="evaluating"))
+        stops = lambda: self.stop.reason  # noqa: E731
+        found = validate(self.setup, self.inputs.validation or [], config.seq, config.rows_per_step, stops)
+        if found is None:
+            return False
+        state.evaluated_step = state.step
+        is_best = state.best_loss is None or found.loss < state.best_loss
+        if is_best and math.isfinite(found.loss):
+            state.best_step, state.best_loss, state.worse = state.step, found.loss, 0
+        else:
+            is_best, state.worse = False, state.worse + 1
+        row = {"step": state.step, "epoch": state.epoch, "loss": found.loss, "labelled": found.labelled}
+        row |= {"seconds": found.seconds, "best": is_best}
+        self.folder.evaluations_log.add(row)
+        say(f"step {state.step}: validation loss {found.loss:.4f}{' (best so far)' if is_best else ''}")
+        for look in self.after_evaluation:
+            look(row)
+        return is_best
+
+    def _save(self) -> None:
+        """Have a checkpoint written beside the training, unless this step's is there."""
+        if self._saved_step == self.state.step:
+            return
+        start = time.perf_counter()
+        self.checkpoints.settle()
+        self.checkpoints.begin(self._checkpoint())
+        self._saved_step, self._saved_at_s = self.state.step, time.monotonic()
+        self._save_s += time.perf_counter() - start
+
+    def _checkpoint(self) -> Callable[[], Checkpoint]:
+        """A snapshot; the call of it waits for what is not known at once."""
+        lora, plan = self.setup.lora, self.setup.arrangement
+        self.state.used_s = self._used_s()
+        state = replace(self.state, losses=list(self.state.losses))
+        adapter, optimizer = on_cpu({"master": lora.master}), on_cpu(self.optimizer.tensors())
+        arrangement = None if plan is None else asdict(plan)
+
+        def make() -> Checkpoint:
+            self.folder.sync()
+            return Checkpoint(state, adapter, optimizer, self._origin(), arrangement)
+
+        return make
+
+    def _finish(self, ended: Ending) -> TuneResult:
+        """Write the last checkpoint of a run that can go on, the adapter, the plot and the summary."""
+        state, run, config = self.state, self.folder, self.config
+        self.report(replace(self._at, phase="saving"))
+        was_saved = self.checkpoints.settle() and self._saved_step == state.step
+        if not state.losses:
+            raise MachineError(
+                f"{ended.reason} in the first step", fix="Close other programs, or use a smaller --vram."
             )
-            report(at)
-            if step == 0:
-                _compare(setup)
-            if optimizer.skipped_in_a_row == config.patience:
-                break
-    except KeyboardInterrupt:
-        if not losses:
-            raise
-    if not losses:
-        raise MachineError(
-            "video memory ran out in the first step", fix="Close other programs, or use a smaller --vram."
+        is_good = self.optimizer.is_intact
+        if is_good and not was_saved and (ended.state == "stopped" or ended.is_memory):
+            self.checkpoints.finish(self._checkpoint())
+        if ended.state == "done":
+            self._restore_best()
+        if is_good:
+            save_adapter(run, self.setup.lora, self.inputs.file)
+        run.flush()
+        self._origin()
+        plot_loss(run.metrics(), run.plot)
+        if ended.state == "failed":
+            fix = "Lower --lr or look for broken examples."
+            if ended.is_memory:
+                fix = f"Close other programs, then go on with: {command('gemwright', 'runs', 'resume', run.path)}"
+            raise MachineError(f"{ended.reason}; what was trained until then is saved", where=run.path, fix=fix)
+        remember_run(self.setup, self.inputs.file, [seconds for _, seconds in self._recent])
+        last = state.losses[-max(1, len(state.losses) // 10) :]
+        tokens, seconds = (state.tokens, state.seconds) if state.seconds else (self._recent or [(0, 1.0)])[0]
+        result = TuneResult(
+            run.path,
+            run.adapter,
+            None if config.dora else run.adapter_gguf,
+            len(state.losses),
+            state.losses[0],
+            sum(last) / len(last),
+            tokens / seconds,
+            peak_rss_bytes(),
+            self.setup.peak_bytes(),
+            ended.reason if ended.state == "stopped" else None,
         )
-    report(replace(at, phase="saving"))
-    run.amend({"base": {"sha256": digest.result()}})
-    save_adapter(run, lora, file, config)
-    plot_loss(run.metrics(), run.plot)
-    if optimizer.skipped_in_a_row == config.patience:
-        raise MachineError(
-            f"loss or gradient was not a number {config.patience} times in a row; the adapter before that is saved",
-            where=run.path,
-            fix="Lower --lr or look for broken examples.",
-        )
-    if done is None:
-        raise MachineError(
-            "video memory ran out twice; what was trained until then is saved",
-            where=run.path,
-            fix="Close other programs, or use a smaller --vram.",
-        )
-    _remember(setup, file, recent)
-    last = losses[-max(1, len(losses) // 10) :]
-    speed = steady_tokens / steady_s if steady_s else recent[0][0] / recent[0][1]
-    return TuneResult(
-        run.path,
-        run.adapter,
-        None if config.dora else run.adapter_gguf,
-        len(losses),
-        losses[0],
-        sum(last) / len(last),
-        speed,
-        peak_rss_bytes(),
-        setup.peak_bytes(),
-    )
+        best = {"best_step": state.best_step or None, "best_loss": state.best_loss}
+        run.end({"state": ended.state, "reason": ended.reason} | result.row() | best | {"seconds": self._used_s()})
+        return result
+
+    def _restore_best(self) -> None:
+        """Put the adapter of the best evaluation in the place of the last one."""
+        state, lora = self.state, self.setup.lora
+        if state.best_step in (0, state.step):
+            return
+        best = self.checkpoints.read(state.best_step)
+        if best is None:
+            say(f"the best checkpoint, of step {state.best_step}, is lost: the adapter is the last one")
+            return
+        lora.master.copy_(best.adapter["master"])
+        lora.refresh()
+        say(f"the adapter is that of step {state.best_step}, whose validation loss {state.best_loss:.4f} is the best")
+
+    def _used_s(self) -> float:
+        return time.monotonic() - self._begun_s
+
+    def _fail(self, error: Exception) -> None:
+        """Leave word of a failure, where the disk still takes it."""
+        with suppress(GemwrightError):
+            self.checkpoints.settle()
+            self.folder.end(
+                {"state": "failed", "reason": str(error), "run": str(self.folder.path), "steps": self.state.step}
+            )
 
 
-def _attempt(setup: Setup, rows: list[Row], seed: int) -> StepLoss | None:
-    """A step's forward and backward, or None (and no gradient) where the device's memory ran out."""
-    try:
-        return setup.forward_backward(rows, seed)
-    except torch.OutOfMemoryError:
-        pass
-    setup.lora.grad.zero_()
-    return None
-
-
-def _remember(setup: Setup, file: ModelFile, recent: deque[tuple[int, float]]) -> None:
-    """Let the next plan on this machine know what came of this one."""
-    plan = setup.arrangement
-    if plan is None or len(recent) < 2:
-        return
-    device, size_name = torch.cuda.get_device_name(setup.device), file.spec.name
-    step_s = sorted(seconds for _, seconds in recent)[len(recent) // 2]
-    host = file.bytes() + plan.host_bytes + TRAINER_BYTES
-    remember(
-        [
-            Seen("device", device, size_name, plan.predicted_bytes, setup.peak_bytes()),
-            Seen("host", device, size_name, host, peak_rss_bytes()),
-            Seen("seconds", device, size_name, plan.step_s, step_s),
-        ]
-    )
-
-
-def _compare(setup: Setup) -> None:
-    """Say how the peak of the first step compares with the prediction, where that was wrong."""
-    plan, peak = setup.arrangement, setup.peak_bytes()
-    if plan is not None and abs(peak / plan.predicted_bytes - 1) > PEAK_TOLERANCE:
-        say(f"predicted peak {size(plan.predicted_bytes)} of video memory, measured {size(peak)}")
-
-
-def save_adapter(run: RunFolder, lora: LoRA, file: ModelFile, config: TrainConfig) -> None:
-    """Write the adapter as PEFT and llama.cpp know it (DoRA only PEFT), each whole or not at all."""
-    base, name = str(file.path), f"gemma-3-{file.spec.name}"
-    write_peft_adapter(
-        run.adapter,
-        file.spec,
-        lora.rank,
-        lora.alpha,
-        lora.pairs(),
-        base,
-        lora.targets,
-        rslora=lora.stabilised,
-        magnitudes=lora.magnitudes(),
-    )
-    if not lora.dora:
-        write_gguf_lora(run.adapter_gguf, file.spec, name, lora.scale * lora.rank, lora.pairs())
+def _ran_out(error: Exception) -> bool:
+    """Whether memory is what was lacking; PyTorch has no class of its own for a CPU's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

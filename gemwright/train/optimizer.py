@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from gemwright.model.lora import LoRA
 
@@ -31,6 +33,13 @@ class Optimizer:
     def __init__(self, lora: LoRA, weight_decay: float, clip: float) -> None:
         self._lora, self._clip = lora, clip
         self._adamw = torch.optim.AdamW([lora.master], lr=0.0, weight_decay=weight_decay, fused=True)
+        # Made here and not by the first update, so that no update has memory to run out of.
+        self._state = self._adamw.state[lora.master] = {
+            "step": torch.zeros((), dtype=torch.float32, device=lora.master.device),
+            "exp_avg": torch.zeros_like(lora.master),
+            "exp_avg_sq": torch.zeros_like(lora.master),
+        }
+        self._updates = 0
         self.skipped_in_a_row = 0
 
     def update(self, rate: float, loss: float) -> float:
@@ -47,8 +56,25 @@ class Optimizer:
             lora.master.grad = lora.grad
             self._adamw.step()
             lora.refresh()
+            self._updates += 1
             self.skipped_in_a_row = 0
         else:
             self.skipped_in_a_row += 1
         lora.grad.zero_()
         return norm
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no update was broken off after it had begun to change something."""
+        return int(self._state["step"]) == self._updates
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that updates depend on besides `lora.master`: the moments, their count, the skipped in a row."""
+        return {**self._state, "skipped_in_a_row": torch.tensor(self.skipped_in_a_row)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave; the LoRA has the adapter of the same moment."""
+        for name, tensor in self._state.items():
+            tensor.copy_(tensors[name])
+        self._updates = int(tensors["step"])
+        self.skipped_in_a_row = int(tensors["skipped_in_a_row"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -166,15 +167,27 @@ def budget_bytes(vram: int | None, device: torch.device) -> int:
 
 
 def set_up(
-    config: TrainConfig, file: ModelFile, device: torch.device, dtype: torch.dtype, labelled: tuple[float, float] = ALL
+    config: TrainConfig,
+    file: ModelFile,
+    device: torch.device,
+    dtype: torch.dtype,
+    labelled: tuple[float, float] = ALL,
+    earlier: Arrangement | None = None,
 ) -> Setup:
     """Load a model and new adapters for training on `device`; on a GPU exactly as `arrange` lays it out.
 
-    `labelled` is the share of the tokens that are targets, and the most that any row has.
+    `labelled` is the share of the tokens that are targets, and the most that any row has. A run that goes on has the
+    arrangement that it had `earlier`, where that still fits: another rounds otherwise.
     """
     if device.type == "cpu":
         return _on_cpu(config, file, new_lora(config, file, device, dtype), dtype)
-    plan = plan_for(config, file, device, labelled=labelled)
+    if earlier is not None and earlier.predicted_bytes <= (budget := budget_bytes(config.vram, device)):
+        plan = earlier
+        _hold_to(budget, device)
+    else:
+        plan = plan_for(config, file, device, labelled=labelled)
+        if earlier is not None and plan != earlier:
+            say("less video memory is free than at the start: laid out anew, results may differ in their last bits")
     if config.compute == "fp8":
         say("fp8 is an experiment: compare its loss with that of --compute bf16 before relying on it")
     say(f"{torch.cuda.get_device_name(device)}: {described(plan, file.spec.layers)}")
@@ -221,16 +234,27 @@ def plan_for(
     Raises DoesNotFit.
     """
     budget = budget_bytes(config.vram, device) if budget is None else budget
-    total = torch.cuda.get_device_properties(device).total_memory
     card = card_here(device)
     card = card._replace(link=card.link * link_share)
     host_free = room_for_activations(available_ram_bytes(), file.bytes())
     keeps = {"always": (Keep.INPUT,), "never": (Keep.PRODUCTS,), "auto": tuple(Keep)[:-1]}[config.recompute]
     plan = arrange(job_of(config, file, labelled), budget, card, host_free, residency=config.residency, keeps=keeps)
+    _hold_to(budget, device)
+    return plan
+
+
+def arrangement_of(fields: Mapping[str, Any]) -> Arrangement:
+    """An arrangement from its fields as JSON keeps them."""
+    keep, on_host = tuple(Keep(k) for k in fields["keep"]), tuple(fields["on_host"])
+    return Arrangement(**(dict(fields) | {"keep": keep, "on_host": on_host}))
+
+
+def _hold_to(budget: int, device: torch.device) -> None:
+    """Let PyTorch take `budget` bytes of the device and no more, and count its peak from now on."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-    return plan
 
 
 def on_gpu(

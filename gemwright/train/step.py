@@ -116,6 +116,46 @@ def forward_backward(
     return StepLoss(nll, labelled, sum(row.tokens for row in rows))
 
 
+@torch.inference_mode()
+def forward_loss(model: Gemma, rows: Sequence[Row], work: Work = DEFAULT) -> StepLoss:
+    """The loss of the labelled tokens of `rows`, which pass each layer together; no dropout, and nothing is kept."""
+    spec, residency, lora = model.spec, model.residency, model.lora
+    dropout = 0.0 if lora is None else lora.dropout
+    states = [residency.embed(row.ids) for row in rows]
+    try:
+        if lora is not None:
+            lora.dropout = 0.0
+        for layer in range(spec.layers):
+            weights, whole = residency.layer(layer), spec.is_global(layer)
+            for r, row in enumerate(rows):
+                visit = LayerPass(spec, layer, row.tables[whole], row.attention[whole], lora, chunk=work.chunk)
+                wanted = row.at if layer == spec.layers - 1 and _few(row) else None
+                states[r] = visit.forward(states[r], weights, wanted, Keep.INPUT)
+                del visit
+            residency.release(layer)
+    finally:
+        if lora is not None:
+            lora.dropout = dropout
+    nll = torch.zeros((), device=states[0].device)
+    for x, row in zip(states, rows, strict=True):
+        wanted_x = x if _few(row) else x.index_select(0, row.at)
+        for part, target in zip(
+            torch.split(wanted_x, work.positions), torch.split(row.targets, work.positions), strict=True
+        ):
+            h, _ = rms_norm(part, residency.final_norm, spec.norm_eps)
+            each, _ = linear_cross_entropy(
+                h,
+                residency.head_rows,
+                residency.vocab,
+                target,
+                gradient=False,
+                chunk=work.head_rows,
+                softmax=softmax_chunk,
+            )
+            nll.add_(each.sum())
+    return StepLoss(nll, sum(row.labelled for row in rows), sum(row.tokens for row in rows))
+
+
 def _few(row: Row) -> bool:
     """Whether so few positions carry a label that the last layer had better leave the others out."""
     return len(row.at) < FEW * len(row.ids)

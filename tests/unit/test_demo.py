@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from gemwright import demo
 from gemwright.data.cldr import load_split
 from gemwright.errors import InputError
+from gemwright.runs import RunFolder
 from gemwright.train.loop import TuneResult
 
 
@@ -31,11 +31,11 @@ def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
 
 def test_a_demo_that_broke_off_is_replaced_but_not_one_at_work(tmp_path: Path) -> None:
     run = earlier_demo(tmp_path / "demo")
-    (run / "lock").touch()
+    at_work = RunFolder(run)
+    at_work.claim()
     with pytest.raises(InputError, match="at work"):
         demo._clear(run)
-    for file in run.iterdir():
-        os.utime(file, (time.time() - 300,) * 2)
+    at_work.release()
     demo._clear(run)
     assert not run.exists()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from gemwright.weights.peft_files import read_peft_adapter
 from gemwright.weights.quants import unpack
 
 PATIENCE = TrainConfig.model_fields["patience"].default
-TIMES = ("step_s", "tokens_per_s", "rss_bytes")
+TIMES = ("step_s", "tokens_per_s", "rss_bytes", "checkpoint_s")
 PAIRS = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß", "black": "schwarz", "grey": "grau"}
 PAIRS["the shade between blue and green that is named after a stone"] = "türkis"
 
@@ -74,9 +75,13 @@ def test_it_learns_and_leaves_a_whole_run_folder(run: Tune, tiny_model: Path, tm
         "adapter",
         "adapter.gguf",
         "config.json",
+        "lock",
         "loss.png",
         "metrics.jsonl",
+        "summary.json",
     ]
+    summary = RunFolder.open(result.run).summary()
+    assert summary is not None and summary["state"] == "done" and summary.items() >= result.row().items()
     config = RunFolder.open(result.run).config()
     assert config["rank"] == 4 and config["compute"] == "float32" and config["examples"] == len(PAIRS)
     assert config["base"]["sha256"] == before
@@ -169,7 +174,7 @@ def test_it_stops_where_the_loss_stays_no_number(run: Tune, tmp_path: Path, monk
     assert steady(tmp_path / "run")[:2] == steady(good.run)[:2]
     pairs = read_peft_adapter(tmp_path / "run" / "adapter").pairs
     assert all(a.isfinite().all() and b.isfinite().all() for a, b in pairs.values())
-    assert (tmp_path / "run" / "adapter.gguf").is_file() and not (tmp_path / "run" / "lock").exists()
+    assert (tmp_path / "run" / "adapter.gguf").is_file() and not RunFolder.open(tmp_path / "run").is_at_work()
 
 
 def test_patience_is_a_setting(run: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,29 +204,53 @@ def test_dora_trains_magnitudes(run: Tune, tiny_model: Path, recompute: str) -> 
         assert 0 < float((magnitude - frozen).abs().max()) < 0.5
 
 
-def interrupt_at(step: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
-        if progress.phase == "training" and progress.step == step:
-            raise KeyboardInterrupt
+@pytest.fixture
+def interrupt_at() -> Iterator[Callable[..., Callable[[Progress], None]]]:
+    """`interrupt_at(step)` is told of progress and sends Ctrl-C, heard even where tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    return report
+    def at(step: int, phase: str = "training", times: int = 1) -> Callable[[Progress], None]:
+        def report(progress: Progress) -> None:
+            if progress.phase == phase and progress.step == step:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+
+        return report
+
+    yield at
+    signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_saves_what_is_trained(run: Tune, tmp_path: Path) -> None:
-    stopped = run(interrupt_at(3), max_steps=9)
-    assert stopped.steps == 3 and len(RunFolder.open(stopped.run).metrics()) == 3
+InterruptAt = Callable[..., Callable[[Progress], None]]
+
+
+@pytest.mark.parametrize(("at", "left"), [(0, 1), (3, 3)])
+def test_ctrl_c_saves_what_is_trained(run: Tune, tmp_path: Path, interrupt_at: InterruptAt, at: int, left: int) -> None:
+    """The step in progress ends, also the first one: there is always something to go on from."""
+    stopped = run(interrupt_at(at), max_steps=9)
+    assert stopped.steps == left == len(RunFolder.open(stopped.run).metrics()) and stopped.stopped == "Ctrl-C"
+    summary = RunFolder.open(stopped.run).summary()
+    assert summary is not None and (summary["state"], summary["reason"]) == ("stopped", "Ctrl-C")
     assert (
         stopped.adapter.is_dir() and (stopped.run / "adapter.gguf").is_file() and (stopped.run / "loss.png").is_file()
     )
-    assert not (stopped.run / "lock").exists()
+    assert not RunFolder.open(stopped.run).is_at_work()
     whole = run(out=tmp_path / "whole", max_steps=9)
-    assert steady(stopped.run) == steady(whole.run)[:3]
+    assert steady(stopped.run) == steady(whole.run)[:left]
 
 
-def test_ctrl_c_before_the_first_step_is_an_interrupt(run: Tune, tmp_path: Path) -> None:
+def test_ctrl_c_before_anything_is_made_is_an_interrupt(run: Tune, tmp_path: Path, interrupt_at: InterruptAt) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(interrupt_at(0))
-    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "lock").exists()
+        run(interrupt_at(0, "preparing"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(run: Tune, tmp_path: Path, interrupt_at: InterruptAt) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt_at(3, times=2), max_steps=9, save_every=1)
+    folder = RunFolder.open(tmp_path / "run")
+    assert not folder.is_at_work() and not folder.adapter.exists() and folder.summary() is None
+    assert (folder.checkpoints / "step-00000002").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""What a fine-tune begins with: model, examples and device, checked, and a record by which a later process goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemwright import __version__
+from gemwright.errors import InputError
+from gemwright.model.lora import check_targets
+from gemwright.model.precision import choose_dtype
+from gemwright.report import say
+from gemwright.text.tokenizer import Tokenizer
+from gemwright.train.batches import Encoded, encode_file
+from gemwright.train.config import TrainConfig
+from gemwright.train.setup import check_compute, check_placing, choose_device
+from gemwright.train.validate import hold_out
+from gemwright.weights.digest import sha256_file
+from gemwright.weights.model_file import ModelFile, open_model
+from gemwright.weights.pull import resolve_model
+
+# Settings that say where and how long the work is done, and change no result.
+_FREE = {"data", "model", "out", "validation", "threads", "recompute", "vram", "residency", "source"}
+_FREE |= {"save_every", "keep", "until", "max_hours"}
+_DIGESTS = ("base_sha256", "data_sha256", "validation_sha256", "tokens_sha256")
+_PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A fine-tune's material; `record` is what its `config.json` says, but for what is known only later."""
+
+    config: TrainConfig
+    file: ModelFile
+    device: torch.device
+    dtype: torch.dtype
+    examples: Sequence[Encoded]
+    validation: Sequence[Encoded] | None
+    record: dict[str, Any]
+
+
+def read_inputs(config: TrainConfig) -> Inputs:
+    """Open, read and check all that `config` names. Raises InputError; nothing is written."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    check_compute(config.compute, device)
+    check_placing(config, device)
+    dtype = choose_dtype(config.precision, device)
+    file = open_model(resolve_model(config.model))
+    if config.seq > file.spec.context:
+        raise InputError(
+            f"{config.seq} tokens exceed the model's context", where="--seq", fix=f"Use {file.spec.context} at most."
+        )
+    check_targets(file.spec, config.rank, config.targets)
+    encode = Tokenizer.from_model(file).encode
+    validation: Sequence[Encoded] | None = None
+    examples: Sequence[Encoded] = encode_file(config.data, encode, config.train_on, config.seq)
+    if config.validation:
+        validation = encode_file(config.validation, encode, config.train_on, config.seq)
+    digest = _tokens_digest([examples, *([validation] if validation else [])])
+    if config.holdout:
+        examples, validation = hold_out(examples, config.holdout, config.seed)
+    record = config.model_dump(mode="json") | {
+        "data": str(config.data.absolute()),
+        "model": _place(config.model),
+        "validation": None if config.validation is None else str(config.validation.absolute()),
+        "alpha": config.scaled_alpha,
+        "compute": "fp8" if config.compute == "fp8" else str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "examples": len(examples),
+        "validation_examples": len(validation or []),
+        "base": {"path": str(file.path.absolute()), "size": file.spec.name, "type": file.quantization},
+        "data_sha256": sha256_file(config.data),
+        "validation_sha256": None if config.validation is None else sha256_file(config.validation),
+        "tokens_sha256": digest,
+        "versions": {"gemwright": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    return Inputs(config, file, device, dtype, examples, validation, record)
+
+
+def settings_of(record: Mapping[str, Any], out: Path, **limits: Any) -> TrainConfig:
+    """The settings that a run's `config.json` records, for going on in `out`; time limits are given anew each time."""
+    settings = {name: record[name] for name in TrainConfig.model_fields if name in record}
+    if record["compute"] in _PRECISION:
+        settings |= {"compute": "bf16", "precision": _PRECISION[record["compute"]]}
+    return TrainConfig(**(settings | {"out": out, "until": None, "max_hours": None} | limits))
+
+
+def origin_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record must be the same for a run to go on: settings that shape it, and digests of its files."""
+    names = [name for name in TrainConfig.model_fields if name not in _FREE]
+    return {name: record.get(name) for name in [*names, *_DIGESTS]} | {"base_sha256": record["base"].get("sha256")}
+
+
+def check_same(then: Mapping[str, Any], now: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """InputError naming the first difference between what a run was started from and what is there `now`."""
+    what = {
+        "base_sha256": (record["base"]["path"], "not the base model that the run was started with"),
+        "data_sha256": (record["data"], "the data changed since the run was started"),
+        "validation_sha256": (record["validation"], "the data changed since the run was started"),
+        "tokens_sha256": (record["data"], "the chat template or the tokenizer gives other tokens than at the start"),
+    }
+    fix = "Put it back as it was, or start a new run."
+    for name, before in then.items():
+        if (before is None and name in what) or before == now.get(name):
+            continue
+        if name in what:
+            where, text = what[name]
+            raise InputError(f"{text} (SHA-256 {before[:12]}, now {str(now.get(name))[:12]})", where=where, fix=fix)
+        flag = f"--{name.replace('_', '-')}"
+        raise InputError(f"{now.get(name)!r} now, and {before!r} at the checkpoint", where=flag, fix=fix)
+
+
+def say_versions(record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say where other versions go on with a run, which may round otherwise."""
+    before, after = record.get("versions", {}), now["versions"]
+    changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after.get(name)]
+    if changed:
+        say(f"other versions than at the start ({', '.join(changed)}): results may differ in their last bits")
+
+
+def _place(model: str | Path) -> str:
+    """A model's path from everywhere, or its name."""
+    return str(Path(model).absolute()) if Path(model).exists() else str(model)
+
+
+def _tokens_digest(parts: Sequence[Sequence[Encoded]]) -> str:
+    """SHA-256 over all ids and labels: what the template and the tokenizer made of the files."""
+    sha = hashlib.sha256()
+    for part in parts:
+        for example in part:
+            sha.update(len(example.ids).to_bytes(8, "little"))
+            sha.update(array("i", example.ids).tobytes())
+            sha.update(bytes(example.labelled))
+    return sha.hexdigest()
