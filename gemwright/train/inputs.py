@@ -28,7 +28,7 @@ from gemwright.weights.pull import resolve_model
 
 # Settings that say where and how long the work is done, and change no result.
 _FREE = {"data", "model", "out", "validation", "threads", "recompute", "vram", "residency", "source"}
-_FREE |= {"save_every", "keep", "until", "max_hours"}
+_FREE |= {"save_every", "keep", "until", "max_hours", "precision"}  # the dtype that came of it is in `compute`
 _DIGESTS = ("base_sha256", "data_sha256", "validation_sha256", "tokens_sha256")
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 

@@ -75,7 +75,7 @@ def assert_same(one: Path, other: Path) -> None:
 EPOCH = 5
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"holdout": 4, "eval_every": 3},
+    {"holdout": 4, "eval_every": 3, "precision": "auto"},
     {"tokens_per_step": 64, "max_steps": None, "epochs": 1.5, "schedule": "linear", "precision": "bf16"},
     {"dora": True, "targets": ("q", "down"), "tokens_per_step": 192},
 ]
