@@ -117,7 +117,7 @@ class Checkpoints:
             if writing is not None:
                 writing.result()
             return True
-        except (GemwrightError, MemoryError) as error:
+        except (GemwrightError, OSError, MemoryError) as error:
             say(f"the checkpoint could not be saved: {error} Training goes on; the next is tried at its time.")
             return False
 

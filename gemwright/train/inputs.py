@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import subprocess
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from gemwright import __version__
 from gemwright.errors import InputError
+from gemwright.machine import inspect
 from gemwright.model.lora import check_targets
 from gemwright.model.precision import choose_dtype
 from gemwright.report import say
@@ -83,6 +86,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
         "validation_sha256": None if config.validation is None else sha256_file(config.validation),
         "tokens_sha256": digest,
         "versions": {"gemwright": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": _machine(),
+        "git": _git(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return Inputs(config, file, device, dtype, examples, validation, record)
 
@@ -126,6 +132,26 @@ def say_versions(record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after.get(name)]
     if changed:
         say(f"other versions than at the start ({', '.join(changed)}): results may differ in their last bits")
+
+
+def _machine() -> dict[str, Any]:
+    found = inspect()
+    gpus = [{"name": gpu.name, "bytes": gpu.memory_total_bytes} for gpu in found.gpus]
+    return {"os": found.os, "cpu": found.cpu.name, "threads": found.cpu.threads, "ram_bytes": found.ram_total_bytes} | {
+        "gpus": gpus
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of the folder that the command was given in, and whether files differ from it; None outside of one."""
+    try:
+        commit, changed = (
+            subprocess.run(["git", *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed": bool(changed)}
 
 
 def _place(model: str | Path) -> str:

@@ -93,8 +93,10 @@ def resume(
             say(f"{path}: no complete checkpoint; training begins at its first step")
         else:
             check_same(checkpoint.origin, now, inputs.record)
-        run.go_back_to(checkpoint.state.step if checkpoint else 0)
-        run.amend({"base": inputs.record["base"]})
+        step = checkpoint.state.step if checkpoint else 0
+        run.go_back_to(step)
+        again = [*record.get("resumed", []), {"step": step, "at": inputs.record["started"]}]
+        run.amend({"base": inputs.record["base"], "resumed": again})
         use_expandable_segments()
         with _set_up(inputs, checkpoint) as setup:
             training = Training(inputs, setup, run, report, stop, lambda: now)
@@ -121,8 +123,12 @@ def _planned(setup: Setup) -> dict[str, Any]:
 
 def _add_base_digest(run: RunFolder, inputs: Inputs) -> dict[str, Any]:
     """Hash the base model, beside the first steps as it may take long; what the run was started from."""
-    inputs.record["base"]["sha256"] = inputs.file.sha256()
-    run.amend({"base": inputs.record["base"]})
+    try:
+        inputs.record["base"]["sha256"] = inputs.file.sha256()
+    except OSError as error:
+        raise MachineError(f"cannot be read: {error.strerror or error}", where=inputs.file.path) from error
+    with suppress(MachineError):  # a full disk; `_finish` writes it too
+        run.amend({"base": inputs.record["base"]})
     return origin_of(inputs.record)
 
 
@@ -289,8 +295,10 @@ class Training:
         """Measure the validation loss, unless stopped meanwhile; whether it is the best so far."""
         state, config = self.state, self.config
         self.report(replace(self._at, phase="evaluating"))
-        stops = lambda: self.stop.reason  # noqa: E731
-        found = validate(self.setup, self.inputs.validation or [], config.seq, config.rows_per_step, stops)
+        # A step that is replayed holds its memory all the time: beside it no more than one micro-batch at once.
+        at_once = self.setup.joined if self.setup.graphs else config.rows_per_step
+        validation = self.inputs.validation or []
+        found = validate(self.setup, validation, config.seq, at_once, lambda: self.stop.reason)
         if found is None:
             return False
         state.evaluated_step = state.step
@@ -340,21 +348,20 @@ class Training:
             raise MachineError(
                 f"{ended.reason} in the first step", fix="Close other programs, or use a smaller --vram."
             )
-        is_good = self.optimizer.is_intact
-        if is_good and not was_saved and (ended.state == "stopped" or ended.is_memory):
+        if not self.optimizer.is_intact:  # an update was broken off: what was saved before it is what counts
+            newest = max(self.checkpoints.steps(), default=0)
+            raise self._failure(ended, f"what is saved is step {newest}")
+        if not was_saved and (ended.state == "stopped" or ended.is_memory):
             self.checkpoints.finish(self._checkpoint())
         if ended.state == "done":
             self._restore_best()
-        if is_good:
-            save_adapter(run, self.setup.lora, self.inputs.file)
+        save_adapter(run, self.setup.lora, self.inputs.file)
         run.flush()
         self._origin()
+        run.amend({"base": self.inputs.record["base"]})
         plot_loss(run.metrics(), run.plot)
         if ended.state == "failed":
-            fix = "Lower --lr or look for broken examples."
-            if ended.is_memory:
-                fix = f"Close other programs, then go on with: {command('gemwright', 'runs', 'resume', run.path)}"
-            raise MachineError(f"{ended.reason}; what was trained until then is saved", where=run.path, fix=fix)
+            raise self._failure(ended, "what was trained until then is saved")
         remember_run(self.setup, self.inputs.file, [seconds for _, seconds in self._recent])
         last = state.losses[-max(1, len(state.losses) // 10) :]
         tokens, seconds = (state.tokens, state.seconds) if state.seconds else (self._recent or [(0, 1.0)])[0]
@@ -373,6 +380,12 @@ class Training:
         best = {"best_step": state.best_step or None, "best_loss": state.best_loss}
         run.end({"state": ended.state, "reason": ended.reason} | result.row() | best | {"seconds": self._used_s()})
         return result
+
+    def _failure(self, ended: Ending, left: str) -> MachineError:
+        fix = "Lower --lr or look for broken examples."
+        if ended.is_memory:
+            fix = f"Close other programs, then go on with: {command('gemwright', 'runs', 'resume', self.folder.path)}"
+        return MachineError(f"{ended.reason}; {left}", where=self.folder.path, fix=fix)
 
     def _restore_best(self) -> None:
         """Put the adapter of the best evaluation in the place of the last one."""

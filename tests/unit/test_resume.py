@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gemwright.errors import InputError, MachineError
 from gemwright.runs import RunFolder
@@ -17,6 +22,7 @@ from gemwright.train.checkpoint import Checkpoints
 from gemwright.train.config import TrainConfig
 from gemwright.train.loop import Progress, resume, tune
 from gemwright.train.optimizer import Optimizer
+from gemwright.train.results import TuneResult
 from gemwright.train.setup import Setup
 from gemwright.train.validate import Validation
 
@@ -35,16 +41,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Config = Callable[..., TrainConfig]
 
 
+@pytest.fixture(scope="module")
+def small(tiny_model: Path, data: Path) -> dict[str, Any]:
+    """Settings with all that could go out of step: dropout, several rows a step, some steps an epoch."""
+    small = {"data": data, "model": tiny_model, "rank": 4, "seq": 64, "dropout": 0.2, "tokens_per_step": 128}
+    return small | {"max_steps": 9, "lr": 0.02, "precision": "fp32", "weight_decay": 0.01}
+
+
 @pytest.fixture
-def config(tiny_model: Path, data: Path, tmp_path: Path) -> Config:
-    """Small settings with all that could go out of step: dropout, several rows a step, five steps an epoch."""
+def config(small: dict[str, Any], tmp_path: Path) -> Config:
+    """`config(name, **settings)`: the small settings with others, into a folder of that name."""
+    return lambda name="run", **settings: TrainConfig(**(small | {"out": tmp_path / name} | settings))
 
-    def make(name: str = "run", **settings: Any) -> TrainConfig:
-        small = {"data": data, "model": tiny_model, "out": tmp_path / name, "rank": 4, "seq": 64, "dropout": 0.2}
-        small |= {"tokens_per_step": 128, "max_steps": 12, "lr": 0.02, "precision": "fp32", "weight_decay": 0.01}
-        return TrainConfig(**(small | settings))
 
-    return make
+@pytest.fixture(scope="module")
+def whole(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> TuneResult:
+    """The run of the small settings that nothing interrupts."""
+    return tune(TrainConfig(out=tmp_path_factory.mktemp("whole") / "run", **small))
+
+
+@pytest.fixture(scope="module")
+def stopped_once(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    result = tune(TrainConfig(out=tmp_path_factory.mktemp("stopped") / "run", **small), terminate_at([3]))
+    return result.run
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A run of the small settings that was stopped after step 3."""
+    return shutil.copytree(stopped_once, tmp_path / "stopped")
 
 
 def terminate_at(steps: Iterable[int], phase: str = "training") -> Callable[[Progress], None]:
@@ -72,27 +97,27 @@ def assert_same(one: Path, other: Path) -> None:
         assert (one / file).read_bytes() == (other / file).read_bytes()
 
 
-EPOCH = 5
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"holdout": 4, "eval_every": 3, "precision": "auto"},
-    {"tokens_per_step": 64, "max_steps": None, "epochs": 1.5, "schedule": "linear", "precision": "bf16"},
-    {"dora": True, "targets": ("q", "down"), "tokens_per_step": 192},
+EVALUATED: dict[str, Any] = {"holdout": 4, "eval_every": 3, "precision": "auto"}
+SETTINGS = [
+    (EVALUATED, (2, 3, "end", "after")),
+    ({"tokens_per_step": 64, "max_steps": None, "epochs": 1.5, "schedule": "linear", "precision": "bf16"}, (2, "end")),
+    ({"dora": True, "targets": ("q", "down"), "tokens_per_step": 192}, (1, "after")),
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_it_goes_on_to_the_same_bits(config: Config, settings: dict[str, Any]) -> None:
-    """Stopped in the first epoch twice, at an epoch's end, and at its next step."""
+@pytest.mark.parametrize(("settings", "stops"), SETTINGS, ids=str)
+def test_it_goes_on_to_the_same_bits(config: Config, settings: dict[str, Any], stops: tuple[int | str, ...]) -> None:
+    """Stopped within an epoch once and twice, at an epoch's end, and at the step after it."""
     files = ADAPTER[:1] if settings.get("dora") else ADAPTER
     whole = tune(config("whole", **settings))
-    stopped = tune(config(**settings), terminate_at([2]))
-    assert stopped.stopped == "SIGTERM" and stopped.steps == 2
-    ends = [row["step"] for row in RunFolder.open(whole.run).metrics() if row["epoch"] == 1.0]
-    for step in (3, ends[0], ends[0] + 1):
-        stopped = resume(stopped.run, on_progress=terminate_at([step]))
+    end = next(row["step"] for row in RunFolder.open(whole.run).metrics() if row["epoch"] == 1.0)
+    run = config(**settings).out
+    for at in stops:
+        step = {"end": end, "after": end + 1}.get(str(at), at)
+        report = terminate_at([int(step)])
+        stopped = resume(run, on_progress=report) if run.exists() else tune(config(**settings), report)
         assert stopped.steps == step and stopped.stopped == "SIGTERM"
-    done = resume(stopped.run)
+    done = resume(run)
     assert done.stopped is None and done.steps == whole.steps
     assert (done.loss_first, done.loss_last) == (whole.loss_first, whole.loss_last)
     a, b = RunFolder.open(whole.run), RunFolder.open(done.run)
@@ -100,9 +125,8 @@ def test_it_goes_on_to_the_same_bits(config: Config, settings: dict[str, Any]) -
     assert all((whole.run / file).read_bytes() == (done.run / file).read_bytes() for file in files)
 
 
-def test_a_step_is_recorded_once(config: Config) -> None:
+def test_a_step_is_recorded_once(config: Config, whole: TuneResult) -> None:
     """Steps after the checkpoint, done by a process that was killed, are done again and not recorded twice."""
-    whole = tune(config("whole"))
     tune(config(save_every=4, keep=9), terminate_at([7]))
     run = RunFolder.open(config().out)
     shutil.rmtree(Checkpoints(run.checkpoints, 1).path(7))
@@ -110,12 +134,13 @@ def test_a_step_is_recorded_once(config: Config) -> None:
     with (run.path / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"step": 8, "lo')
     resume(run.path)
-    assert [row["step"] for row in run.metrics()] == list(range(1, 13))
+    assert [row["step"] for row in run.metrics()] == list(range(1, 10))
     assert_same(whole.run, run.path)
 
 
-def test_damaged_checkpoints_are_passed_over_aloud(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = tune(config("whole"))
+def test_damaged_checkpoints_are_passed_over_aloud(
+    config: Config, whole: TuneResult, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped = tune(config(save_every=2, keep=3), terminate_at([6]))
     checkpoints = Checkpoints(stopped.run / "checkpoints", 3)
     assert checkpoints.steps() == [2, 4, 6]
@@ -129,16 +154,16 @@ def test_damaged_checkpoints_are_passed_over_aloud(config: Config, capsys: pytes
     said = capsys.readouterr().err
     assert str(flipped) in said and str(cut) in said and said.count("not whole") == 2
     assert_same(whole.run, stopped.run)
-    assert not left.exists() and checkpoints.newest() is not None and checkpoints.steps() == [8, 10, 12]
+    assert not left.exists() and checkpoints.newest() is not None and checkpoints.steps() == [4, 6, 8]
 
 
-def test_without_a_checkpoint_it_begins_anew(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = tune(config("whole"))
-    stopped = tune(config(), terminate_at([3]))
-    shutil.rmtree(stopped.run / "checkpoints")
-    resume(stopped.run)
+def test_without_a_checkpoint_it_begins_anew(
+    stopped: Path, whole: TuneResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    resume(stopped)
     assert "no complete checkpoint" in capsys.readouterr().err
-    assert_same(whole.run, stopped.run)
+    assert_same(whole.run, stopped)
 
 
 def test_a_finished_run_says_so_and_stays(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,11 +174,11 @@ def test_a_finished_run_says_so_and_stays(config: Config, capsys: pytest.Capture
     assert {file: file.stat().st_mtime_ns for file in whole.run.rglob("*") if file.name != "lock"} == before
 
 
-def test_a_run_that_was_moved_goes_on(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tune(config("whole"))
-    stopped = tune(config(), terminate_at([3]))
+def test_a_run_that_was_moved_goes_on(
+    stopped: Path, whole: TuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "elsewhere").mkdir()
-    moved = stopped.run.rename(tmp_path / "elsewhere" / "moved")
+    moved = stopped.rename(tmp_path / "elsewhere" / "moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert resume(Path("moved")).run == Path("moved")
     assert_same(whole.run, moved)
@@ -162,12 +187,11 @@ def test_a_run_that_was_moved_goes_on(config: Config, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "value"), [("rank", 8), ("targets", ["q"]), ("seed", 1), ("lr", 0.5), ("max_steps", 99)]
 )
-def test_another_setting_is_refused_by_name(config: Config, name: str, value: object) -> None:
-    stopped = tune(config(), terminate_at([2]))
-    RunFolder.open(stopped.run).amend({name: value})
+def test_another_setting_is_refused_by_name(stopped: Path, name: str, value: object) -> None:
+    RunFolder.open(stopped).amend({name: value})
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: ") as caught:
-        resume(stopped.run)
-    assert repr(value) in str(caught.value) and Checkpoints(stopped.run / "checkpoints", 1).steps() == [2]
+        resume(stopped)
+    assert repr(value) in str(caught.value) and Checkpoints(stopped / "checkpoints", 1).steps() == [3]
 
 
 def test_other_data_are_refused(config: Config, data: Path, tmp_path: Path) -> None:
@@ -179,17 +203,16 @@ def test_other_data_are_refused(config: Config, data: Path, tmp_path: Path) -> N
         resume(stopped.run)
     assert caught.value.exit_code == 2
     shutil.copy(data, own)
-    assert resume(stopped.run).steps == 12
+    assert resume(stopped.run).steps == 9
 
 
-def test_another_template_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_template_is_refused(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gemwright.train import batches
 
-    stopped = tune(config(), terminate_at([2]))
     whole = batches.encode_example
     monkeypatch.setattr(batches, "encode_example", lambda *a: tuple(part[:-1] for part in whole(*a)))
     with pytest.raises(InputError, match="the chat template or the tokenizer gives other tokens"):
-        resume(stopped.run)
+        resume(stopped)
 
 
 def test_another_base_model_is_refused(config: Config, tiny_model: Path, tmp_path: Path) -> None:
@@ -205,14 +228,13 @@ def test_another_base_model_is_refused(config: Config, tiny_model: Path, tmp_pat
         resume(stopped.run)
 
 
-def test_one_process_at_a_time(config: Config) -> None:
-    stopped = tune(config(), terminate_at([2]))
-    other = RunFolder.open(stopped.run)
+def test_one_process_at_a_time(stopped: Path) -> None:
+    other = RunFolder.open(stopped)
     other.claim()
     with pytest.raises(InputError, match=r"another run is at work here \(process \d+\)"):
-        resume(stopped.run)
+        resume(stopped)
     other.release()
-    assert resume(stopped.run).stopped is None
+    assert resume(stopped).stopped is None
 
 
 def test_the_best_is_put_back(
@@ -222,7 +244,7 @@ def test_the_best_is_put_back(
     from gemwright.train import loop
 
     losses = iter([3.0, 2.0, 2.5, float("nan"), 2.0, 1.0])
-    settings = {"holdout": 4, "eval_every": 2, "keep": 1, "stop_after": 3, "save_every": 1}
+    settings = {"holdout": 4, "eval_every": 2, "keep": 1, "stop_after": 3, "save_every": 1, "max_steps": 12}
     at_best = tune(config("until", **settings), terminate_at([4]))
     monkeypatch.setattr(loop, "validate", lambda *_: Validation(next(losses), 7, 0.1))
     stopped = tune(config(**settings), terminate_at([7]))
@@ -247,12 +269,16 @@ def test_stopped_within_an_evaluation_it_evaluates_again(config: Config) -> None
     assert_same(whole.run, stopped.run)
 
 
-@pytest.mark.parametrize("where", ["forward_backward", "update"])
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("forward_backward", RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")),
+        ("update", MemoryError()),
+    ],
+)
 def test_memory_that_ran_out_loses_nothing(
-    config: Config, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+    config: Config, whole: TuneResult, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
 ) -> None:
-    whole = tune(config("whole"))
     calls = iter(range(1, 99))
     place = Setup if where == "forward_backward" else Optimizer
     real = getattr(place, where)
@@ -271,3 +297,83 @@ def test_memory_that_ran_out_loses_nothing(
     assert Checkpoints(run.checkpoints, 1).steps() == [5] and (run.summary() or {})["state"] == "failed"
     resume(run.path)
     assert_same(whole.run, run.path)
+
+
+def test_an_update_that_was_broken_off_is_not_saved(
+    config: Config, whole: TuneResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, real = iter(range(1, 99)), torch.optim.AdamW.step
+
+    def failing(self: torch.optim.AdamW) -> None:
+        real(self)
+        if next(calls) == 6:
+            raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", failing)
+        with pytest.raises(MachineError, match="memory ran out; what is saved is step 4"):
+            tune(config(save_every=2))
+    run = RunFolder.open(config().out)
+    assert max(Checkpoints(run.checkpoints, 1).steps()) == 4 and not run.adapter.exists()
+    resume(run.path)
+    assert_same(whole.run, run.path)
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def whole_process(
+    gemwright: Run, tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], list[str]]:
+    """What an uninterrupted `tune` printed, and its words up to the value of --out."""
+    options = ("--seq", 64, "--tokens-per-step", 64, "--rank", 4, "--max-steps", 12, "--save-every", 3, "--holdout", 2)
+    words = [str(word) for word in ("tune", data, "--model", tiny_model, *options, "--json", "--out")]
+    done = gemwright(*words, tmp_path_factory.mktemp("whole") / "run")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), words
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to a process of its own")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_that_is_signalled_goes_on(
+    gemwright: Run,
+    whole_process: tuple[dict[str, Any], list[str]],
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """By the command line alone: exit codes, what it says, and the same result however it ended the first time."""
+    whole, words = whole_process
+    run, pipe = tmp_path / "run", subprocess.PIPE
+    command = [sys.executable, "-m", "gemwright", *words, str(run)]
+    # Whoever runs the tests in the background has them ignore Ctrl-C, and what they start with them.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as started:
+        while len(RunFolder(run).metrics()) < 4:
+            assert started.poll() is None, started.communicate()
+            time.sleep(0.01)
+        with pytest.raises(InputError, match=rf"another run is at work here \(process {started.pid}\)"):
+            resume(run)
+        started.send_signal(number)
+        out, said = started.communicate()
+    assert started.returncode == code
+    assert json.loads(out).keys() == whole.keys() and (run / "adapter" / "adapter_config.json").is_file()
+    assert said.splitlines()[-1] == f"go on with: gemwright runs resume {run}"
+    done = gemwright("runs", "resume", run, "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert {key: row[key] for key in ("steps", "loss_first", "loss_last")} == {
+        key: whole[key] for key in ("steps", "loss_first", "loss_last")
+    }
+    assert_same(Path(whole["run"]), run)
+
+
+@pytest.mark.slow
+def test_the_real_model_goes_on_to_the_same_bits(real_model: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"data": data, "model": real_model, "seq": 128, "tokens_per_step": 256, "max_steps": 6, "dropout": 0.1}
+    whole = tune(TrainConfig(out=tmp_path / "whole", **settings))
+    stopped = tune(TrainConfig(out=tmp_path / "run", **settings), terminate_at([2]))
+    resume(stopped.run, on_progress=terminate_at([3]))
+    assert resume(stopped.run).loss_last == whole.loss_last < whole.loss_first
+    assert_same(whole.run, stopped.run)
