@@ -197,7 +197,7 @@ class RunFolder:
         Raises InputError where another is, MachineError where the folder cannot be written.
         """
         try:
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=0.5)  # as somebody may just be looking whether it is held
         except Timeout:
             raise InputError(
                 f"another run is at work here{self._holder()}", where=self.path, fix="Wait for its end, or stop it."
@@ -214,6 +214,8 @@ class RunFolder:
 
     def is_at_work(self) -> bool:
         """Whether a process holds this run now."""
+        if self._lock.is_locked:
+            return True
         if not (self.path / "lock").exists():
             return False
         try:
