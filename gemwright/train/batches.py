@@ -71,6 +71,12 @@ def encode_file(path: Path, encode: Callable[[str], list[int]], train_on: TrainO
     return encoded
 
 
+def labelled_shares(examples: Sequence[Encoded]) -> tuple[float, float]:
+    """Of all tokens the share that are targets, and the most that any example has, and so any row of them."""
+    counts = [(len(example.ids), sum(example.labelled)) for example in examples]
+    return sum(n for _, n in counts) / sum(n for n, _ in counts), max(labelled / n for n, labelled in counts)
+
+
 def pack(examples: Sequence[Encoded], seq: int, seed: int, epoch: int) -> list[list[int]]:
     """Rows of example indices for one epoch: shuffled, then each put into the fullest open row that still holds it."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()

@@ -18,7 +18,7 @@ from gemwright.errors import GemwrightError, MachineError, needed
 from gemwright.report import command, say
 from gemwright.runs import RunFolder
 from gemwright.train.background import in_background
-from gemwright.train.batches import Row, pack, steps
+from gemwright.train.batches import Row, labelled_shares, pack, steps
 from gemwright.train.checkpoint import Checkpoint, Checkpoints, State, on_cpu
 from gemwright.train.config import TrainConfig
 from gemwright.train.inputs import Inputs, check_same, origin_of, read_inputs, say_versions, settings_of
@@ -110,7 +110,8 @@ def resume(
 @contextmanager
 def _set_up(inputs: Inputs, checkpoint: Checkpoint | None) -> Iterator[Setup]:
     earlier = None if checkpoint is None or checkpoint.arrangement is None else arrangement_of(checkpoint.arrangement)
-    setup = set_up(inputs.config, inputs.file, inputs.device, inputs.dtype, earlier=earlier)
+    labelled = labelled_shares(inputs.examples)
+    setup = set_up(inputs.config, inputs.file, inputs.device, inputs.dtype, labelled, earlier)
     try:
         yield setup
     finally:
