@@ -33,6 +33,8 @@ from gemwright.spec import ModelSpec
 MIB = 1 << 20
 # What PyTorch's matrix library takes for itself.
 LIBRARY_BYTES = 72 * MIB
+# What that takes again for steps that are replayed, whose memory is apart.
+GRAPH_BYTES = 32 * MIB
 # What the allocator cannot hand out again between blocks: of those that come and go, of those that stay a step, of all.
 SLACK, KEPT_SLACK, MOST_SLACK = 0.22, 0.008, 0.025
 MICRO_TOKENS = 8192
@@ -49,7 +51,9 @@ ATTENTION_SHARE, ADAPTER_SHARE = 0.45, 0.5
 # What a layer costs the CPU that launches its kernels.
 LAUNCH_UP_S, LAUNCH_DOWN_S = 0.6e-3, 1.3e-3
 # The share of a step's other time from which on launching is left to a graph, and what then remains of it.
-GRAPH_SHARE, GRAPHED = 0.15, 0.1
+GRAPH_SHARE, GRAPHED = 0.25, 0.1
+# What a step costs beside its layers: its rows are made and copied, the optimizer runs.
+STEP_S, STEP_TOKEN_S = 3e-3, 1.2e-6
 # How much faster than in bf16 the products of a layer are in fp8, their rounding and that of the weights included.
 FP8_GAIN = 1.5
 # Of the layers, how many are tried as residents.
@@ -204,7 +208,7 @@ def _candidates(
     """Arrangements worth a look; each takes as many layers on the device as the budget still holds."""
     layers, tokens = job.spec.layers, job.rows * job.row_tokens
     for host in [keep for keep in keeps if keep < Keep.PRODUCTS] or [Keep.INPUT]:
-        host_bytes = kept_bytes(job, host) * tokens * (layers - 2)
+        host_bytes = kept_bytes(job, host, long=joined * job.row_tokens > chunk) * tokens * (layers - 2)
         if host > Keep.INPUT and host_bytes > HOST_SHARE * host_free:
             continue
         for device in keeps:
@@ -215,7 +219,8 @@ def _filled(
     job: Job, budget: int, joined: int, chunk: int, host: Keep, device: Keep, shares: Sequence[float]
 ) -> Iterator[Arrangement]:
     """With more and more resident layers, until they alone are too many."""
-    layers, each = job.spec.layers, kept_bytes(job, device) * job.rows * job.row_tokens
+    long = joined * job.row_tokens > chunk
+    layers, each = job.spec.layers, kept_bytes(job, device, long=long) * job.rows * job.row_tokens
     positions, head_rows = min(MICRO_TOKENS, chunk), 8192 if chunk >= 4096 else 4096
     for share in shares:
         resident = round(share * layers)
@@ -241,13 +246,16 @@ def _placed(layers: int, here: int, host: Keep, device: Keep) -> tuple[tuple[Kee
     return keep, tuple(i < layers - here for i in range(layers))
 
 
-def kept_bytes(job: Job, keep: Keep) -> int:
-    """Bytes a token that a layer leaves for its backward, its input among them."""
+def kept_bytes(job: Job, keep: Keep, *, long: bool = False) -> int:
+    """Bytes a token that a layer leaves for its backward, its input among them.
+
+    A `long` row, which passes in chunks, computes the joint projection again in any case.
+    """
     spec, qkv, heads = job.spec, _qkv(job.spec), job.spec.heads * job.spec.head_dim
     values = spec.hidden
     if keep >= Keep.NARROW:
         values += heads + job.tail("o") + 2 * spec.hidden
-    if keep >= Keep.HEADS:
+    if keep >= Keep.HEADS and not long:
         values += qkv
     if keep >= Keep.PRODUCTS:
         values += 2 * spec.mlp
@@ -262,9 +270,9 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
     copies = 2 * sum(job.tail(g) * rows for g, (rows, _) in groups.items())
     normed = spec.layers * sum(rows for rows, _ in groups.values()) if job.dora else 0
     tokens, micro = job.rows * job.row_tokens, plan.joined * job.row_tokens
-    kept = {
-        away: sum(kept_bytes(job, k) * n for (k, a), n in plan.kinds().items() if a is away) for away in (False, True)
-    }
+    kept, long = {False: 0, True: 0}, plan.chunk < micro
+    for (keep, away), count in plan.kinds().items():
+        kept[away] += kept_bytes(job, keep, long=long) * count
     here = kept[False] * tokens
     items = {
         "embedding and head, packed": job.embed_bytes,
@@ -279,7 +287,7 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
         "activations kept on the GPU": here,
         "tokens, positions, rotation": tokens * (4 * 2 * spec.head_dim + 40),
         "work space, activations in transit": max(0, activation_peak(job, plan, micro, tokens) - here),
-        "matrix library": LIBRARY_BYTES,
+        "matrix library": LIBRARY_BYTES + GRAPH_BYTES * job.graphs,
     }
     passing = items["work space, activations in transit"]
     items["allocator"] = int(min(SLACK * passing + KEPT_SLACK * here, MOST_SLACK * sum(items.values())))
@@ -349,7 +357,7 @@ class _Visit:
         fewer = 2 * self.job.spec.hidden * (self.keep > Keep.INPUT) + 2 * self.job.spec.mlp * (
             self.keep >= Keep.PRODUCTS
         )
-        return kept_bytes(self.job, self.keep) * self.n - 2 * fewer * (self.n - self.m)
+        return kept_bytes(self.job, self.keep, long=self.long) * self.n - 2 * fewer * (self.n - self.m)
 
     def rounded(self, width: int, group: str) -> int:
         """A product's input in fp8, for its time."""
@@ -359,7 +367,7 @@ class _Visit:
         """The peak of a forward besides its input: whatever is kept of this layer included."""
         d, f = self.job.spec.hidden, self.job.spec.mlp
         wide = self.m * (d + 2 * d * (self.keep > Keep.INPUT) + 2 * f * (self.keep >= Keep.PRODUCTS))
-        wide += self.n * (self.out + 2 * self.kv) * (self.keep >= Keep.HEADS)
+        wide += self.n * (self.out + 2 * self.kv) * (self.keep >= Keep.HEADS and not self.long)
         mlp = self.attended() + wide + self.chunk(kept=True) + self.rounded(f, "down")
         return max(self.attend(), mlp + self.selected())
 
@@ -394,22 +402,23 @@ def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int
     d = spec.hidden
     away = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if host]
     here = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if not host]
-    waiting = sum(kept_bytes(job, k) * n for (k, host), n in plan.kinds().items() if not host) * tokens
+    long = chunk < micro
+    waiting = sum(kept_bytes(job, k, long=long) * n for (k, host), n in plan.kinds().items() if not host) * tokens
     # Of the last layer only few positions may go on after its attention; it is gone before the one below goes back.
     fewer = rounded(int(job.labelled_most * micro), label_step(micro))
     fewer = fewer if fewer < FEW * micro else micro
     last = _Visit(job, plan.keep[-1], micro, chunk, fewer)
-    own = kept_bytes(job, here[-1]) * tokens if here else 0
+    own = kept_bytes(job, here[-1], long=long) * tokens if here else 0
     waiting_last = waiting - own + (last.kept() * tokens // micro if here else 0)
     states = d * tokens
-    peaks = [2 * (states + last.forward()) + waiting - (kept_bytes(job, here[-1]) * micro if here else 0)]
+    peaks = [2 * (states + last.forward()) + waiting - own * micro // tokens]
     peaks.append(waiting_last + head_peak(job, plan, tokens))
     peaks.append(waiting_last + 2 * (states + last.backward()))
     if len(here) > 1:
         below = _Visit(job, here[-2], micro, chunk, micro)
         peaks.append(waiting - own + 2 * (states + below.backward()))
     if away:
-        visit, moved = _Visit(job, away[0], micro, chunk, micro), kept_bytes(job, away[0])
+        visit, moved = _Visit(job, away[0], micro, chunk, micro), kept_bytes(job, away[0], long=long)
         peaks.append(2 * (states + visit.forward()) + 2 * moved * micro)
         peaks.append(2 * (states + visit.backward()) + 2 * moved * tokens)
     return max(peaks)
@@ -447,15 +456,17 @@ def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
     )
     up = spec.layers * (a_pass + attention + moved_up + unpacked)
     down = sum(a_pass * (1 + again[k]) + attention * (2.5 + (k < Keep.NARROW)) for k in plan.keep)
-    if plan.chunk < plan.joined * job.row_tokens:
-        down += spec.layers * a_pass * (weights["q"] + weights["k"] + weights["v"]) / whole
+    if plan.chunk < plan.joined * job.row_tokens:  # the joint projection is not kept, and is computed twice
+        times = sum(1 + (k >= Keep.HEADS) for k in plan.keep)
+        down += times * a_pass * (weights["q"] + weights["k"] + weights["v"]) / whole
     down += spec.layers * (moved_down + unpacked)
     graphed = job.graphs and launches * (LAUNCH_UP_S + LAUNCH_DOWN_S) > GRAPH_SHARE * (up + down)
     issued = launches * (GRAPHED if graphed else 1.0)
     up = _longest(up, issued * LAUNCH_UP_S, streamed * each, moved, both)
     down = _longest(down, issued * LAUNCH_DOWN_S, streamed * each + moved)
     head = 4 * spec.vocab * d * tokens * job.labelled / card.flops
-    return replace(plan, step_s=up + down + 1.2 * head, graphed=graphed)
+    step_s = up + down + 1.2 * head + STEP_S + STEP_TOKEN_S * tokens
+    return replace(plan, step_s=step_s, graphed=graphed)
 
 
 def itemised(plan: Arrangement, budget: int) -> list[str]:
