@@ -65,7 +65,8 @@ def main() -> None:
     }
     slug = f"checkpoints_cpu_{'-'.join((result['cpu'] or 'cpu').lower().split())}_{date.today()}"
     text = (
-        f"# Checkpoints of the 270M on a CPU, {date.today()}\n\n`python benchmarks/checkpoints_cpu.py --threads {options.threads} --steps {options.steps}`, "
+        f"# Checkpoints of the 270M on a CPU, {date.today()}\n\n"
+        f"`python benchmarks/checkpoints_cpu.py --threads {options.threads} --steps {options.steps}`, "
         f"{result['cpu']}, one run of {len(rows) + 1} steps.\n\n"
         f"- a checkpoint: {size / 1e6:.1f} MB; a step waits {result['wait_s'] * 1000:.1f} ms for it "
         f"(at most {result['wait_s_most'] * 1000:.1f})\n"

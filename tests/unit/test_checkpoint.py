@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemwright.errors import MachineError
+from gemwright.layout import Keep
 from gemwright.model.lora import LoRA
+from gemwright.plan.training import Arrangement
 from gemwright.spec import SPECS
 from gemwright.train import checkpoint as room
 from gemwright.train.checkpoint import Checkpoint, Checkpoints, State, on_cpu
 from gemwright.train.optimizer import Optimizer
+from gemwright.train.setup import arrangement_of
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
@@ -142,6 +146,14 @@ def test_the_optimizer_goes_on_to_the_bit() -> None:
     after(first, one, range(3, 6))
     after(second, other, range(3, 6))
     assert torch.equal(one.master, other.master) and first.is_intact and second.is_intact
+
+
+def test_the_layout_of_a_gpus_memory_is_kept_whole(tmp_path: Path) -> None:
+    plan = Arrangement(3, 2, (Keep.INPUT, Keep.PRODUCTS), (True, False), 2, 512, 64, 4096, {"slots": 7}, 5, 0.25, True)
+    checkpoint = replace(made(1), arrangement=asdict(plan))
+    Checkpoints(tmp_path, 1).finish(lambda: checkpoint)
+    found = Checkpoints(tmp_path, 1).newest()
+    assert found is not None and found.arrangement is not None and arrangement_of(found.arrangement) == plan
 
 
 def test_a_refusing_disk_is_said_once_and_loses_nothing(

@@ -237,6 +237,16 @@ def test_one_process_at_a_time(stopped: Path) -> None:
     assert resume(stopped).stopped is None
 
 
+def test_a_time_limit_is_a_stop_that_goes_on(config: Config, whole: TuneResult) -> None:
+    """The limit is of one process: the next has none unless it is given one."""
+    stopped = tune(config(max_hours=1e-6))
+    assert (stopped.steps, stopped.stopped) == (1, "--max-hours 1e-06")
+    assert resume(stopped.run, max_hours=1e-6).steps == 1  # no time for another
+    done = resume(stopped.run)
+    assert done.stopped is None and (RunFolder.open(done.run).summary() or {})["state"] == "done"
+    assert_same(whole.run, done.run)
+
+
 def test_the_best_is_put_back(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
