@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import datetime, timedelta
 from types import FrameType
 from typing import Any
@@ -52,7 +53,8 @@ class Stop:
         if number != signal.SIGTERM and self._signal:
             raise KeyboardInterrupt
         self._signal = SIGTERM if number == signal.SIGTERM else CTRL_C
-        os.write(2, b"\nstopping after this step; Ctrl-C ends at once\n")
+        with suppress(OSError):  # nobody may be listening; and `print` must not be entered twice
+            os.write(2, b"\nstopping after this step; Ctrl-C ends at once\n")
 
 
 def seconds_until(clock: str, now: datetime) -> float:
