@@ -82,8 +82,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
         "examples": len(examples),
         "validation_examples": len(validation or []),
         "base": {"path": str(file.path.absolute()), "size": file.spec.name, "type": file.quantization},
-        "data_sha256": sha256_file(config.data),
-        "validation_sha256": None if config.validation is None else sha256_file(config.validation),
+        "data_sha256": _file_digest(config.data),
+        "validation_sha256": _file_digest(config.validation),
         "tokens_sha256": digest,
         "versions": {"gemwright": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": _machine(),
@@ -103,8 +103,9 @@ def settings_of(record: Mapping[str, Any], out: Path, **limits: Any) -> TrainCon
 
 def origin_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of a record must be the same for a run to go on: settings that shape it, and digests of its files."""
-    names = [name for name in TrainConfig.model_fields if name not in _FREE]
-    return {name: record.get(name) for name in [*names, *_DIGESTS]} | {"base_sha256": record["base"].get("sha256")}
+    names = [name for name in (*TrainConfig.model_fields, *_DIGESTS) if name not in _FREE]
+    known = {"base_sha256": record["base"].get("sha256"), **record}
+    return {name: known[name] for name in names if name in known}  # an older version has not all of them
 
 
 def check_same(then: Mapping[str, Any], now: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -152,6 +153,11 @@ def _git() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "changed": bool(changed)}
+
+
+def _file_digest(path: Path | None) -> str | None:
+    """SHA-256 of a file; None where there is none, or a folder, whose tokens' digest has to do."""
+    return sha256_file(path) if path is not None and path.is_file() else None
 
 
 def _place(model: str | Path) -> str:
