@@ -37,10 +37,16 @@ def read_examples(path: Path) -> list[Example]:
     Each line is `{"messages": [{"role", "content"}, ...]}` or `{"prompt", "completion"}`; other keys are left alone.
     InputError (with the line) where the file or a line cannot be used.
     """
-    examples = [Example(_messages(row, where), line) for line, where, row in _rows(path)]
-    if not examples:
+    return list(iter_examples(path))
+
+
+def iter_examples(path: Path) -> Iterator[Example]:
+    """`read_examples` one by one, never the whole file in memory; the same errors, each when its line is reached."""
+    number = 0
+    for number, (line, where, row) in enumerate(_rows(path), start=1):
+        yield Example(_messages(row, where), line)
+    if not number:
         raise InputError("no examples in it", where=path, fix=_FORMATS)
-    return examples
 
 
 def split_examples(examples: Sequence[Example], held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
@@ -61,17 +67,19 @@ def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
             yield number, where, _json(text, where)
 
 
-def _lines(path: Path) -> list[bytes]:
+def _lines(path: Path) -> Iterator[bytes]:
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            first = file.readline()
+            if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise InputError("is UTF-16, not UTF-8", where=path, fix="Save it as UTF-8.")
+            yield first.removeprefix(b"\xef\xbb\xbf")
+            yield from file
     except FileNotFoundError:
         raise InputError("no such file", where=path, fix="Check the path of the data.") from None
     except OSError as error:
         reason = "is a folder" if path.is_dir() else f"cannot be read: {error.strerror or error}"
         raise InputError(reason, where=path, fix="Give a JSONL file.") from error
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError("is UTF-16, not UTF-8", where=path, fix="Save it as UTF-8.")
-    return content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
 
 
 def _text(raw: bytes, where: str) -> str:
