@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gemwright import __version__, cli_runs
+from gemwright import __version__, cli_data, cli_runs
 from gemwright.report import Progressing, command, say, size
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ app = typer.Typer(
       gemwright demo
       gemwright plan
       gemwright doctor
+      gemwright data check chats.jsonl
       gemwright pull 270m
       gemwright tune chats.jsonl --model 270m --out runs/first
       gemwright run "The capital of France is" --model 270m --raw
@@ -52,6 +53,9 @@ def _version(wanted: bool) -> None:
     if wanted:
         print(f"gemwright {__version__}")
         raise typer.Exit
+
+
+app.add_typer(cli_data.data_app, name="data")
 
 
 @app.callback()

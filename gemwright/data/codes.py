@@ -11,52 +11,64 @@ from gemwright.errors import InputError
 
 Severity = Literal["error", "warning", "note"]
 
-CODES: Final[Mapping[str, tuple[Severity, str]]] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Code:
+    """What a code means: its severity, its name, and what to do about it."""
+
+    severity: Severity
+    title: str
+    advice: str
+
+
+CODES: Final[Mapping[str, Code]] = MappingProxyType(
     {
-        "D001": ("error", "nothing in it"),
-        "D002": ("error", "file damaged or cut short"),
-        "D003": ("error", "no known kind of file"),
-        "D004": ("error", "not UTF-8: UTF-16 or UTF-32"),
-        "D005": ("note", "byte order mark"),
-        "D006": ("error", "known, but not trained on yet"),
-        "D007": ("warning", "formats mixed"),
-        "D010": ("error", "not UTF-8"),
-        "D011": ("error", "not JSON"),
-        "D012": ("error", "JSON cut short"),
-        "D013": ("error", "too long a row"),
-        "D014": ("error", "row has another number of fields than its header"),
-        "D015": ("error", "not an object"),
-        "D016": ("error", "no known format"),
-        "D017": ("error", "field missing or no text"),
-        "D020": ("error", "empty turn"),
-        "D021": ("error", "unknown role"),
-        "D022": ("error", "roles out of order"),
-        "D023": ("error", "no model turn"),
-        "D024": ("note", "last turn is not learned"),
-        "D025": ("error", "chosen and rejected are the same"),
-        "D030": ("error", "NUL"),
-        "D031": ("error", "half a surrogate pair"),
-        "D032": ("warning", "replacement character"),
-        "D033": ("warning", "control character"),
-        "D034": ("note", "control token written as text"),
-        "D035": ("warning", "image marker in text"),
-        "D040": ("warning", "duplicate"),
-        "D041": ("warning", "near duplicate"),
-        "D042": ("warning", "also in the validation data"),
-        "D043": ("note", "near duplicates looked for in a part only"),
-        "D050": ("error", "longer than --seq"),
-        "D060": ("warning", "look-alike letters of another script"),
-        "D070": ("warning", "looks like a secret"),
+        "D001": Code("error", "nothing in it", "Give a file with rows, or a folder with data files."),
+        "D002": Code("error", "file missing, damaged or cut short", "Check the path, or make the file anew."),
+        "D003": Code("error", "no known kind of file", "Give JSONL, JSON, CSV, TSV, Parquet, Arrow or .txt."),
+        "D004": Code("error", "UTF-16 or UTF-32", "Save it as UTF-8."),
+        "D005": Code("note", "byte order mark", "Nothing to do: it is stepped over."),
+        "D006": Code("error", "not trained on yet", "It can be checked and converted; 'tune' takes conversations."),
+        "D007": Code("warning", "formats mixed", "Nothing to do where it is meant; 'data convert' makes them one."),
+        "D010": Code("error", "not UTF-8", "Save the file as UTF-8."),
+        "D011": Code("error", "not JSON, or not CSV", "Mend the row, or remove it."),
+        "D012": Code("error", "JSON cut short", "The file is incomplete: make it anew, or remove its end."),
+        "D013": Code("error", "row too long", "Split it: a row may have 32 MiB."),
+        "D014": Code("error", "fields do not match the header", "Put text with delimiters or line ends in quotes."),
+        "D015": Code("error", "not an object", "Write one JSON object a row."),
+        "D016": Code("error", "no known format", "Rename its keys; docs/data.md lists the formats."),
+        "D017": Code("error", "field missing or no text", "Write it as a string, or remove the row."),
+        "D020": Code("error", "empty turn", "Write its text, or remove the row."),
+        "D021": Code("error", "unknown role", "Use system, user and assistant (or model)."),
+        "D022": Code("error", "roles out of order", "Alternate user and assistant, a system message only first."),
+        "D023": Code("error", "no model turn", 'Add the answer, with role "assistant".'),
+        "D024": Code("note", "last turn is not learned", "Nothing to do, or add the answer to it."),
+        "D025": Code("error", "chosen and rejected are the same", "Remove the row."),
+        "D030": Code("error", "NUL", "Remove it: many programs end a text there."),
+        "D031": Code("error", "half a surrogate pair", "Repair or remove that character."),
+        "D032": Code("warning", "replacement character", "Decode the source anew: a character was lost there."),
+        "D033": Code("warning", "control character", "Remove it unless the model is to write it."),
+        "D034": Code("note", "control token in text", "Nothing to do: it is encoded as text, never as control."),
+        "D035": Code("warning", "image marker in text", "Write it otherwise: the vocabulary takes it for an image."),
+        "D040": Code(
+            "warning", "duplicate", "Remove it ('data convert --drop-duplicates') unless it is to weigh twice."
+        ),
+        "D041": Code("warning", "near duplicate", "Look at some; 'data convert --drop-duplicates' removes them."),
+        "D042": Code("warning", "in the validation data too", "Remove it from one: the validation loss would flatter."),
+        "D043": Code("note", "likeness looked for in a part", "Check the file in parts for the rest."),
+        "D050": Code("error", "longer than --seq", "Use a longer --seq, or split the conversation."),
+        "D060": Code("warning", "look-alike letters", "Write a repaired copy with --repair OUT."),
+        "D070": Code("warning", "looks like a secret", "Remove it, and revoke it: a model can repeat what it learned."),
     }
 )
 
 
 class DataFault(InputError):
-    """What makes a row, or all of a file, unusable; `code` is a key of CODES whose severity is error."""
+    """What makes a row, or the rest of a file from `line` on, unusable; `code` is one of CODES, of severity error."""
 
-    def __init__(self, code: str, what: str, *, where: object, fix: str) -> None:
+    def __init__(self, code: str, what: str, *, where: object, fix: str, line: int = 0) -> None:
         super().__init__(what, where=where, fix=fix)
-        self.code = code
+        self.code, self.line = code, line
 
 
 @dataclass(frozen=True)
@@ -71,4 +83,4 @@ class Finding:
     @property
     def severity(self) -> Severity:
         """How grave the code is."""
-        return CODES[self.code][0]
+        return CODES[self.code].severity

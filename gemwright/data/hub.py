@@ -16,7 +16,7 @@ def snapshot(name: str, report: Callable[[str], None]) -> Path:
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     wanted = [f"*{suffix}{more}" for suffix in SUFFIXES for more in ("", *COMPRESSED)]
     if not constants.HF_HUB_OFFLINE:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from gemwright.data.codes import DataFault
 from gemwright.data.records import LONGEST_BYTES, Record
@@ -21,7 +21,7 @@ _FIX = "Mend it, or write one JSON object on each line (JSONL)."
 class _Window:
     """The part of the text that is being parsed; `at` is where, `lines` how many lines were left behind."""
 
-    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
         self._path, self._stream = path, stream
         # Bytes that are no UTF-8 come through as half surrogates, so that the fault can be laid on their row.
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
@@ -45,10 +45,10 @@ class _Window:
     def fault(self, code: str, what: str, position: int) -> DataFault:
         """A fault at `position` of the window, named by the file's line."""
         line = self._lines + self.text.count("\n", 0, position)
-        return DataFault(code, what, where=f"{self._path}, line {line}", fix=_FIX)
+        return DataFault(code, what, where=f"{self._path}, line {line}", fix=_FIX, line=line)
 
 
-def json_values(path: Path, stream: io.BufferedReader) -> Iterator[Record]:
+def json_values(path: Path, stream: BinaryIO) -> Iterator[Record]:
     """Rows of a JSON array or of values in sequence. DataFault where the text stops being JSON: no row follows that."""
     window = _Window(path, stream)
     is_array = window.sign() == "["
@@ -91,7 +91,9 @@ def _value(window: _Window, number: int, path: Path) -> Record:
             unfinished = error.pos > len(window.text) - _NEAR_END or error.msg.startswith("Unterminated")
             if window.ended or not unfinished:
                 code = "D012" if unfinished else "D011"
-                what = f"not JSON: {error.msg} in row {number}{', where the file ends' * unfinished}"
+                what = (
+                    f"not JSON: {error.msg.removesuffix(' at')} in row {number}{', where the file ends' * unfinished}"
+                )
                 raise window.fault(code, what, error.pos) from None
         except (RecursionError, ValueError):
             raise window.fault("D011", f"JSON too deep or a number too long in row {number}", window.at) from None

@@ -28,15 +28,17 @@ class Located:
 
 
 def locate(name: Path, report: Callable[[str], None] = lambda line: None) -> Located:
-    """The files of `name`. A folder's are taken in the order of their names, held-out splits beside a training split not.
+    """The files of `name`; a folder's in the order of their names, without held-out splits beside a training split.
 
     Raises DataFault where nothing is there, MachineError where the Hub cannot be reached; `report` hears of downloads.
     """
     if name.is_dir():
         return in_folder(name)
     asked = name.as_posix()
-    if name.exists() or not _HUB_NAME.fullmatch(asked) or is_data(name):
+    if name.exists():
         return Located((name,))
+    if not _HUB_NAME.fullmatch(asked) or is_data(name):
+        raise DataFault("D002", "no such file", where=name, fix="Check the path of the data.")
     from gemwright.data.hub import snapshot
 
     return in_folder(snapshot(asked.removeprefix("hf:"), report))

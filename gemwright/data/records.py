@@ -1,4 +1,4 @@
-"""One data file as a stream of parsed rows: compression and container told by content, each row's fault kept with it."""
+"""One data file as a stream of parsed rows: compression and container told by content, faults kept with their rows."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ LONGEST_BYTES: Final = 32 << 20
 SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
 COMPRESSED: Final = (".gz", ".zst")
 WRITE_ROWS: Final = 'Write {"messages": [...]} or {"prompt": "...", "completion": "..."} on each line.'
+# The keys of a row that some format knows (shapes.py).
+KEYS: Final = frozenset(
+    ("messages", "conversations", "system", "prompt", "completion", "chosen", "rejected")
+    + ("instruction", "input", "output", "text")
+)
 _KINDS: Final = "Give JSONL, JSON, CSV, TSV, Parquet, Arrow or .txt, plain or as .gz or .zst."
 _HEAD_BYTES = 64 << 10
 _BLOCK_BYTES = 1 << 20
@@ -113,7 +118,8 @@ class DataFile:
 
             yield from arrow_records(self, self._seekable(head, stream, stack))
             return
-        joined = stack.enter_context(io.BufferedReader(_Joined(head, stream), _BLOCK_BYTES))
+        rest = io.BufferedReader(cast("io.RawIOBase", _Joined(head, stream)), _BLOCK_BYTES)
+        joined = cast("BinaryIO", stack.enter_context(rest))
         if self.container == "jsonl":
             yield from _json_lines(self.path, joined)
         elif self.container == "json":
@@ -132,7 +138,7 @@ class DataFile:
         if self.compression is None:
             stream.seek(0)
             return cast("BinaryIO", stream)
-        copy = stack.enter_context(tempfile.TemporaryFile())
+        copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         copy.write(head)
         while block := stream.read(_BLOCK_BYTES):
             copy.write(block)
@@ -208,7 +214,7 @@ def _refuse_wide(path: Path, head: bytes) -> None:
         raise DataFault("D003", "is no text and no known kind of file", where=path, fix=_KINDS)
 
 
-def _json_lines(path: Path, stream: io.BufferedReader) -> Iterator[Record]:
+def _json_lines(path: Path, stream: BinaryIO) -> Iterator[Record]:
     number = 0
     while raw := stream.readline(LONGEST_BYTES):
         number += 1
@@ -223,7 +229,7 @@ def _json_lines(path: Path, stream: io.BufferedReader) -> Iterator[Record]:
             yield Record(number, "line", None, fault)
 
 
-def skip_line(stream: io.BufferedReader) -> int:
+def skip_line(stream: BinaryIO) -> int:
     """Step over the rest of a line without keeping it; its bytes."""
     skipped = 0
     while rest := stream.readline(_BLOCK_BYTES):
@@ -254,7 +260,7 @@ def parse_json(text: str, where: str, *, is_last: bool = False) -> Any:
         if "\0" in text:
             what, fix = f"NUL byte at column {text.index(chr(0)) + 1}", "Remove it; the file may be damaged there."
             raise DataFault("D030", what, where=where, fix=fix) from None
-        what = f"not JSON: {error.msg} at column {error.colno}"
+        what = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
         if is_last and (error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")):
             fix = "The file is incomplete: make it anew, or remove this line."
             raise DataFault("D012", f"{what}, where the file ends", where=where, fix=fix) from None
@@ -266,7 +272,7 @@ def parse_json(text: str, where: str, *, is_last: bool = False) -> Any:
 _DOCUMENT_CHARACTERS = 4000
 
 
-def _documents(path: Path, stream: io.BufferedReader) -> Iterator[Record]:
+def _documents(path: Path, stream: BinaryIO) -> Iterator[Record]:
     """Plain text, cut at the first empty line after every 4,000 characters; `line` is where a document begins."""
     parts: list[str] = []
     number, first, size = 0, 1, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypedDict
 
 from gemwright.data.codes import DataFault
@@ -27,7 +27,7 @@ class ChatMessage(TypedDict):
 
 @dataclass(frozen=True)
 class Entry:
-    """One usable row: a conversation, a document (`text`), or a prompt (`messages`) with a chosen and a rejected end."""
+    """One usable row: a conversation, a document (`text`), or a prompt (`messages`) with two ends to choose from."""
 
     format: Format
     messages: tuple[ChatMessage, ...] = ()
@@ -48,11 +48,12 @@ class Entry:
 
     def mapped(self, change: Callable[[str], str]) -> Entry:
         """The same row with every text changed."""
-        parts = {
-            name: tuple(ChatMessage(role=turn["role"], content=change(turn["content"])) for turn in getattr(self, name))
-            for name in ("messages", "chosen", "rejected")
-        }
-        return replace(self, text=None if self.text is None else change(self.text), **parts)
+
+        def turns(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+            return tuple({"role": turn["role"], "content": change(turn["content"])} for turn in messages)
+
+        text = None if self.text is None else change(self.text)
+        return Entry(self.format, turns(self.messages), text, turns(self.chosen), turns(self.rejected))
 
     def row(self) -> dict[str, Any]:
         """The canonical row: `messages`; `text`; or `prompt`, `chosen` and `rejected` as lists of messages."""

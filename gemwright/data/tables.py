@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gemwright.data.codes import DataFault
-from gemwright.data.records import LONGEST_BYTES, Record, parse_json
+from gemwright.data.records import KEYS, LONGEST_BYTES, Record, parse_json
 
 if TYPE_CHECKING:
     from gemwright.data.records import DataFile
@@ -20,7 +20,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 _LISTS = ("messages", "conversations", "chosen", "rejected")
 
 
-def csv_records(path: Path, stream: io.BufferedReader, delimiter: str | None) -> Iterator[Record]:
+def csv_records(path: Path, stream: BinaryIO, delimiter: str | None) -> Iterator[Record]:
     """Rows as objects keyed by the header; `line` is where a row begins. The delimiter is told from the header."""
     # Bytes that are no UTF-8 come through as half surrogates, so that the fault can be laid on their row.
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
@@ -73,40 +73,46 @@ def _object(header: list[str], fields: list[str], where: str) -> dict[str, Any]:
 
 
 def arrow_records(file: DataFile, stream: BinaryIO) -> Iterator[Record]:
-    """Rows of a Parquet file, an Arrow file or an Arrow stream."""
+    """Rows of a Parquet file, an Arrow file or an Arrow stream; of their columns those that a format knows."""
     import pyarrow as pa
 
     number = 0
     try:
         for batch in _batches(stream, file.container):
             batch.validate(full=True)  # a damaged offset would be followed out of the buffer
-            for value in batch.to_pylist():
+            for value in _objects(batch):
                 number += 1
                 yield Record(number, "row", value)
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise file.damaged(f"{error} after row {number}") from None
+    except MemoryError:
+        raise file.damaged(f"a size that no memory holds after row {number}") from None
+    except KeyError as error:  # pyarrow looks a time zone up that there is not
+        raise file.damaged(f"no such time zone: {error}") from None
+
+
+def _objects(batch: Any) -> Iterator[dict[str, Any]]:
+    known = [name for name in batch.schema.names if name in KEYS]
+    if known:
+        yield from batch.select(known).to_pylist()
+    else:
+        yield from (dict.fromkeys(batch.schema.names) for _ in range(batch.num_rows))
 
 
 def _batches(stream: BinaryIO, container: str | None) -> Iterator[Any]:
+    """Batches of few rows, for each becomes Python objects at once."""
     import pyarrow as pa
 
     if container == "parquet":
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(stream, pre_buffer=False) as parquet:
-            yield from parquet.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
-    elif container == "arrow":
-        with pa.ipc.open_file(stream) as arrow:
-            for index in range(arrow.num_record_batches):
-                yield from _sliced(arrow.get_batch(index))
-    else:
-        with pa.ipc.open_stream(stream) as arrow:
-            for batch in arrow:
-                yield from _sliced(batch)
-
-
-def _sliced(batch: Any) -> Iterator[Any]:
-    """Parts that become few Python objects at a time."""
-    batch.validate(full=True)
-    for start in range(0, batch.num_rows, _BATCH_ROWS):
-        yield batch.slice(start, _BATCH_ROWS)
+            known = [name for name in parquet.schema_arrow.names if name in KEYS] or None
+            yield from parquet.iter_batches(batch_size=_BATCH_ROWS, columns=known, use_threads=False)
+        return
+    with (pa.ipc.open_file if container == "arrow" else pa.ipc.open_stream)(stream) as arrow:
+        count = arrow.num_record_batches if container == "arrow" else None
+        for batch in arrow if count is None else map(arrow.get_batch, range(count)):
+            batch.validate(full=True)
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                yield batch.slice(start, _BATCH_ROWS)

@@ -1,0 +1,66 @@
+"""All files of a data set as a stream of verdicts: a usable entry, or the fault that makes a row unusable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gemwright.data.codes import DataFault, Finding
+from gemwright.data.locate import Located, locate
+from gemwright.data.records import DataFile
+from gemwright.data.shapes import Entry, entry_of
+
+OnProgress = Callable[[float, str], None]
+
+
+def silent(fraction: float, text: str) -> None:
+    """The progress that nobody watches."""
+
+
+class Verdict(NamedTuple):
+    """`entry` of a usable row, else the `fault`; a fault with `is_row` False ends its file and belongs to no row."""
+
+    file: DataFile
+    line: int
+    unit: str
+    entry: Entry | None
+    fault: Finding | None = None
+    is_row: bool = True
+
+
+def located(names: Sequence[Path], report: Callable[[str], None]) -> Located:
+    """The files of several names, in order."""
+    found = [locate(name, report) for name in names]
+    return Located(tuple(f for each in found for f in each.files), tuple(s for each in found for s in each.skipped))
+
+
+def judged(files: Sequence[DataFile], on_progress: OnProgress = silent) -> Iterator[Verdict]:
+    """A verdict for each row of each file, and one more where a file cannot be read to its end.
+
+    `on_progress` hears every thousandth row how far (0 to 1) the bytes of all files are read.
+    """
+    total = max(1, sum(file.path.stat().st_size for file in files if file.path.is_file()))
+    for number, verdict in enumerate(_verdicts(files)):
+        if number % 1000 == 999:
+            before = sum(file.path.stat().st_size for file in files[: files.index(verdict.file)])
+            on_progress(min(1.0, (before + verdict.file.read_bytes) / total), f"{number:,} rows")
+        yield verdict
+
+
+def _verdicts(files: Sequence[DataFile]) -> Iterator[Verdict]:
+    for file in files:
+        name = str(file.path)
+        try:
+            for record in file.records():
+                try:
+                    if record.fault:
+                        raise record.fault
+                    entry = entry_of(record.value, name)
+                except DataFault as fault:
+                    found = Finding(fault.code, record.line, fault.what, name)
+                    yield Verdict(file, record.line, record.unit, None, found)
+                else:
+                    yield Verdict(file, record.line, record.unit, entry)
+        except DataFault as fault:
+            yield Verdict(file, fault.line, "line", None, Finding(fault.code, fault.line, fault.what, name), False)
