@@ -64,7 +64,7 @@ class Lengths:
         if entry.format in TRAINED:
             ids, learned = encode_example([Message(**turn) for turn in entry.messages], self.tokenizer.encode)
             return ids, sum(learned)
-        ids = [id_ for _, _, text in entry.texts() for id_ in self.tokenizer.encode(text)]
+        ids = [id_ for _, _, text in entry.texts for id_ in self.tokenizer.encode(text)]
         return ids, 0
 
     def _cut(self, ids: list[int], seq: int, entry: Entry) -> str:
@@ -140,9 +140,7 @@ def shown(checked: Checked, *, show: int, colour: bool) -> str:
         line = f"{lengths.total:,}, {lengths.labelled:,} of them learned; the longest row has {lengths.longest:,}"
         lines.append(f"tokens     {line} (line {lengths.longest_line})")
         if lengths.over_long:
-            lines.append(
-                f"           over {lengths.seq:,}: {lengths.over_long:,} rows, {lengths.cut:,} tokens too many"
-            )
+            lines.append(f"           {lengths.over_long:,} rows over {lengths.seq:,}, by {lengths.cut:,} tokens")
     if checked.overlap is not None:
         lines.append(f"validation {checked.overlap:,} of the rows stand there too")
     lines += [f"skipped    {path} ({why})" for path, why in checked.skipped]
@@ -217,7 +215,9 @@ def _a(verdict: Verdict) -> str:
 
 
 def _lookalikes(entry: Entry, line: int, file: str) -> Iterator[Finding]:
-    for name, _, text in entry.texts():
+    if next(lookalikes(entry.whole), None) is None:
+        return
+    for name, _, text in entry.texts:
         words = list(lookalikes(text))
         if words:
             shown = "; ".join(

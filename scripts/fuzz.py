@@ -11,20 +11,19 @@ import io
 import json
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(
-    include=["gemwright.data", "gemwright.weights.gguf_reader", "gemwright.plan", "json", "csv"]
-):
+TRACED = ["gemwright.data", "gemwright.weights.gguf_reader", "gemwright.plan", "json", "csv"]
+with atheris.instrument_imports(include=TRACED):
     from gemwright.data.judge import judged
     from gemwright.data.read import iter_examples
     from gemwright.data.records import DataFile
+    from gemwright.errors import GemwrightError
     from gemwright.plan.model_bytes import weigh
     from gemwright.weights.gguf_reader import open_gguf
-
-from gemwright.errors import GemwrightError
 
 NAMES = ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.parquet", "a.arrow", "a", "a.jsonl.gz", "a.zst")
 FOLDER = Path(tempfile.mkdtemp(prefix="gemwright-fuzz-"))
@@ -48,16 +47,12 @@ def read_gguf(content: bytes) -> None:
     """One GGUF: opened with all its metadata, and weighed from its header alone."""
     path = FOLDER / "a.gguf"
     path.write_bytes(content)
-    try:
+    with suppress(GemwrightError):
         opened = open_gguf(path)
         for key in opened.metadata:
             opened.metadata[key]
-    except GemwrightError:
-        pass
-    try:
+    with suppress(GemwrightError):
         weigh(path)
-    except GemwrightError:
-        pass
 
 
 def data_seeds() -> list[bytes]:

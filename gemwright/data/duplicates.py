@@ -1,7 +1,7 @@
 """Exact and near duplicates among all rows in bounded memory: a digest and a MinHash signature a row, compared last.
 
-Near: one-permutation MinHash (Li, Owen, Zhang 2012) over 8-character pieces of the text, in lower case and with its
-white space made even; 64 bins, in 8 bands of 8 to find candidates (Leskovec, Rajaraman, Ullman: Mining of Massive
+Near: one-permutation MinHash (Li, Owen, Zhang 2012) over 8-character pieces of the text with its white space made
+even; 64 bins, in 8 bands of 8 to find candidates (Leskovec, Rajaraman, Ullman: Mining of Massive
 Datasets, chapter 3).
 """
 
@@ -60,14 +60,12 @@ class Fingerprints:
 
     def add(self, entry: Entry) -> None:
         """Remember a row."""
-        texts = [text for _, _, text in entry.texts()]
-        roles = [role for _, role, _ in entry.texts()]
-        exact = "\x1e".join([*roles, *texts]).encode("utf-8")
+        first = entry.messages[0]["role"] if entry.messages else entry.format
+        exact = f"{first}\x1e{entry.whole}".encode()
         self._digests.append(hashlib.blake2b(exact, digest_size=8).digest())
         if self._signed < self._most:
             self._signed += 1
-            text = "\x1e".join(" ".join(text[:_LONGEST_CHARACTERS].split()) for text in texts).lower()
-            self._waiting.append(text[:_LONGEST_CHARACTERS])
+            self._waiting.append(" ".join(entry.whole[:_LONGEST_CHARACTERS].split()))
             self._characters += len(self._waiting[-1])
             if self._characters >= _BATCH_CHARACTERS:
                 self._sign()

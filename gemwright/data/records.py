@@ -21,9 +21,9 @@ SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".a
 COMPRESSED: Final = (".gz", ".zst")
 WRITE_ROWS: Final = 'Write {"messages": [...]} or {"prompt": "...", "completion": "..."} on each line.'
 # The keys of a row that some format knows (shapes.py).
-KEYS: Final = frozenset(
-    ("messages", "conversations", "system", "prompt", "completion", "chosen", "rejected")
-    + ("instruction", "input", "output", "text")
+KEYS: Final = (
+    *("messages", "conversations", "system", "prompt", "completion", "chosen", "rejected"),
+    *("instruction", "input", "output", "text"),
 )
 _KINDS: Final = "Give JSONL, JSON, CSV, TSV, Parquet, Arrow or .txt, plain or as .gz or .zst."
 _HEAD_BYTES = 64 << 10

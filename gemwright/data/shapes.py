@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, TypedDict
 
 from gemwright.data.codes import DataFault
@@ -35,16 +36,24 @@ class Entry:
     chosen: tuple[ChatMessage, ...] = ()
     rejected: tuple[ChatMessage, ...] = ()
 
+    @cached_property
     def texts(self) -> list[tuple[str, str, str]]:
         """(what a person would call it, its role, its text) of each text in the row."""
         if self.text is not None:
             return [("the text", "document", self.text)]
-        ends = [(f"{name}, message ", turns) for name, turns in (("chosen", self.chosen), ("rejected", self.rejected))]
+        parts = [("message ", self.messages), ("chosen, message ", self.chosen), ("rejected, message ", self.rejected)]
         return [
             (f"{name}{number}", turn["role"], turn["content"])
-            for name, turns in (("message ", self.messages), *ends)
+            for name, turns in parts
             for number, turn in enumerate(turns, start=1)
         ]
+
+    @cached_property
+    def whole(self) -> str:
+        """All texts as one, with a sign between that stands in none."""
+        if self.text is not None:
+            return self.text
+        return "\x1e".join([turn["content"] for turn in (*self.messages, *self.chosen, *self.rejected)])
 
     def mapped(self, change: Callable[[str], str]) -> Entry:
         """The same row with every text changed."""
