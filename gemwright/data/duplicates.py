@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from gemwright.data.shapes import Entry
 
 THRESHOLD: Final = 0.9  # of the pieces in common (Jaccard), as the signatures estimate it
-MOST_SIGNATURES: Final = 1_000_000  # 256 bytes each
+MOST_SIGNATURES: Final = 2_000_000  # 128 bytes each
 _BINS, _BANDS, _PIECE = 64, 8, 8
-_EMPTY = np.uint32(0xFFFFFFFF)
+_EMPTY = np.uint16(0xFFFF)
 _BATCH_CHARACTERS = 1 << 19
 _LONGEST_CHARACTERS = 1 << 16
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -27,7 +27,7 @@ _PRIME = np.uint64(0x9E3779B97F4A7C15)
 # of the time here, until a larger block was freed once.
 _KEPT_BY_MALLOC: Final = 24 << 20
 
-Signatures = NDArray[np.uint32]
+Signatures = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,29 @@ class Pair:
 
 
 class Fingerprints:
-    """What is remembered of each row: 8 bytes exactly, and for the first million 256 bytes of likeness."""
+    """What is remembered of each row: 8 bytes exactly, and for the first two million 128 bytes of likeness."""
 
     def __init__(self, most_signatures: int = MOST_SIGNATURES) -> None:
         self._most = most_signatures
-        self._digests: list[bytes] = []
+        self._digests = bytearray()
         self._waiting: list[str] = []
         self._characters = self._signed = 0
         self._blocks: list[Signatures] = []
         np.empty(_KEPT_BY_MALLOC, np.uint8)
 
     def __len__(self) -> int:
-        return len(self._digests)
+        return len(self._digests) // 8
 
     @property
     def is_partial(self) -> bool:
         """Whether rows were added that near duplicates are not looked for among."""
-        return len(self._digests) > self._most
+        return len(self) > self._most
 
     def add(self, entry: Entry) -> None:
         """Remember a row."""
         first = entry.messages[0]["role"] if entry.messages else entry.format
         exact = f"{first}\x1e{entry.whole}".encode()
-        self._digests.append(hashlib.blake2b(exact, digest_size=8).digest())
+        self._digests += hashlib.blake2b(exact, digest_size=8).digest()
         if self._signed < self._most:
             self._signed += 1
             self._waiting.append(" ".join(entry.whole[:_LONGEST_CHARACTERS].split()))
@@ -76,8 +76,7 @@ class Fingerprints:
         first = _earliest(digests)
         exact = [Pair(int(at), int(first[at]), 1.0) for at in np.flatnonzero(first != np.arange(len(first)))]
         alone = np.flatnonzero(first[: len(signatures)] == np.arange(len(signatures)))
-        near = _near(signatures[alone])
-        return exact, [Pair(int(alone[pair.at]), int(alone[pair.of]), pair.share) for pair in near]
+        return exact, _near(signatures, alone)
 
     def pairs_with(self, other: Fingerprints) -> list[Pair]:
         """Rows of this one that repeat a row of `other` (which `of` counts), exactly or nearly."""
@@ -88,15 +87,16 @@ class Fingerprints:
         hit[hit] = theirs[order][at[hit]] == mine[hit]
         found = {int(row): Pair(int(row), int(order[at[row]]), 1.0) for row in np.flatnonzero(hit)}
         count = len(their_likeness)
-        for pair in _near(np.concatenate([their_likeness, likeness]), boundary=count):
+        both = np.concatenate([their_likeness, likeness])
+        for pair in _near(both, np.arange(len(both)), boundary=count):
             found.setdefault(pair.at - count, Pair(pair.at - count, pair.of, pair.share))
         return [found[row] for row in sorted(found)]
 
     def _all(self) -> tuple[NDArray[np.uint64], Signatures]:
         if self._waiting:
             self._sign()
-        digests = np.frombuffer(b"".join(self._digests), dtype=np.uint64)
-        return digests, np.concatenate([np.empty((0, _BINS), np.uint32), *self._blocks])
+        self._blocks = [np.concatenate([np.empty((0, _BINS), np.uint16), *self._blocks])]
+        return np.frombuffer(bytes(self._digests), dtype=np.uint64), self._blocks[0]
 
     def _sign(self) -> None:
         self._blocks.append(_signatures(self._waiting))
@@ -119,8 +119,8 @@ def _signatures(texts: list[str]) -> Signatures:
     inside = np.arange(len(hashes)) <= last  # a piece does not reach into the next row
     hashes, row = hashes[inside], row[inside]
     bins = row * _BINS + (hashes >> np.uint64(58)).astype(np.int64)
-    least = np.full(len(texts) * _BINS, _EMPTY, dtype=np.uint32)
-    np.minimum.at(least, bins, ((hashes >> np.uint64(20)) & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+    least = np.full(len(texts) * _BINS, _EMPTY, dtype=np.uint16)
+    np.minimum.at(least, bins, (hashes >> np.uint64(40)).astype(np.uint16))
     return least.reshape(len(texts), _BINS)
 
 
@@ -130,13 +130,13 @@ def _earliest(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     return first[which]
 
 
-def _near(signatures: Signatures, boundary: int = 0) -> list[Pair]:
-    """Near duplicates by row, of an earlier row; with `boundary` only rows from there on, of rows before it."""
+def _near(signatures: Signatures, rows: NDArray[np.int64], boundary: int = 0) -> list[Pair]:
+    """Near duplicates among `rows`, of an earlier one; with `boundary` only rows from there on, of rows before it."""
     best: dict[int, Pair] = {}
     for band in np.split(signatures, _BANDS, axis=1):
-        used = np.flatnonzero((band != _EMPTY).any(axis=1))
+        used = rows[(band[rows] != _EMPTY).any(axis=1)]
         key = np.zeros(len(used), dtype=np.uint64)
-        for column in band[used].T:
+        for column in band[used].T.astype(np.uint64):
             key = (key ^ column) * _PRIME
             key ^= key >> np.uint64(31)
         first = used[_earliest(key)] if len(used) else used
