@@ -88,13 +88,12 @@ def _value(window: _Window, number: int, path: Path) -> Record:
             if end < len(window.text) or window.ended:
                 break
         except json.JSONDecodeError as error:
-            unfinished = error.pos > len(window.text) - _NEAR_END or error.msg.startswith("Unterminated")
-            if window.ended or not unfinished:
-                code = "D012" if unfinished else "D011"
-                what = (
-                    f"not JSON: {error.msg.removesuffix(' at')} in row {number}{', where the file ends' * unfinished}"
-                )
-                raise window.fault(code, what, error.pos) from None
+            open_string = error.msg.startswith("Unterminated")
+            if window.ended or (error.pos <= len(window.text) - _NEAR_END and not open_string):
+                what = f"not JSON: {error.msg.removesuffix(' at')} in row {number}"
+                if open_string or error.pos >= len(window.text.rstrip()):
+                    raise window.fault("D012", f"{what}, where the file ends", error.pos) from None
+                raise window.fault("D011", what, error.pos) from None
         except (RecursionError, ValueError):
             raise window.fault("D011", f"JSON too deep or a number too long in row {number}", window.at) from None
         if len(window.text) - window.at > LONGEST_BYTES:
