@@ -35,6 +35,8 @@ def _explain(error: BaseException, name: str) -> GemwrightError:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # nothing cached, and this is why
     check = "Check the name and the path; a data set's name is owner/name."
     if isinstance(error, GatedRepoError):
         fix = f"Accept it at {constants.ENDPOINT}/datasets/{name} and set HF_TOKEN to a token of yours."

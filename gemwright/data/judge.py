@@ -44,7 +44,7 @@ def judged(files: Sequence[DataFile], on_progress: OnProgress = silent) -> Itera
     for number, verdict in enumerate(_verdicts(files)):
         if number % 1000 == 999:
             before = sum(file.path.stat().st_size for file in files[: files.index(verdict.file)])
-            on_progress(min(1.0, (before + verdict.file.read_bytes) / total), f"{number:,} rows")
+            on_progress(min(0.99, (before + verdict.file.read_bytes) / total), f"{number:,} rows")
         yield verdict
 
 

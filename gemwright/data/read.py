@@ -13,6 +13,7 @@ from gemwright.data.locate import locate
 from gemwright.data.records import WRITE_ROWS, DataFile
 from gemwright.data.shapes import TRAINED, ChatMessage, entry_of
 from gemwright.errors import InputError
+from gemwright.report import say
 
 __all__ = ["ChatMessage", "Example", "iter_examples", "read_examples", "split_examples"]
 
@@ -42,7 +43,7 @@ def iter_examples(path: Path) -> Iterator[Example]:
     Formats and containers: docs/data.md. InputError (with the line) where the file or a row cannot be trained on.
     """
     found = False
-    for file in locate(path).files:
+    for file in locate(path, say).files:
         for record in DataFile(file).records():
             where = f"{file}, {record.unit} {record.line}"
             if record.fault:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ KEYS: Final = (
     *("instruction", "input", "output", "text"),
 )
 _KINDS: Final = "Give JSONL, JSON, CSV, TSV, Parquet, Arrow or .txt, plain or as .gz or .zst."
+# A list of objects, or an object over several lines: JSON in a file that is named JSONL.
+_SPREAD: Final = re.compile(rb"\[\s*\{|\{[ \t\r]*\n\s*[\"}]")
 _HEAD_BYTES = 64 << 10
 _BLOCK_BYTES = 1 << 20
 _FOREIGN: Final = (
@@ -182,10 +185,8 @@ def container_of(path: Path, head: bytes) -> Container:
 def _json_or_text(path: Path, suffix: str, head: bytes) -> Container:
     start = head.lstrip()
     line, newline, _ = start.partition(b"\n")
-    line = line.strip()
-    alone = line in (b"{", b"[") or line.startswith(b"[{")
     if suffix in (".jsonl", ".ndjson"):
-        return "json" if alone and newline else "json" if line.startswith(b"[{") else "jsonl"
+        return "json" if _SPREAD.match(start) else "jsonl"
     if suffix != ".txt" and start.startswith((b"[", b"{")):
         return "jsonl" if start.startswith(b"{") and (not newline or _is_json(line)) else "json"
     if suffix == ".txt":

@@ -1,4 +1,4 @@
-"""Formats of a row: each is known by its keys, becomes the same canonical messages, and its faults have stable codes."""
+"""Formats of a row: each is known by its keys, becomes canonical messages, and its faults have stable codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemwright.data import records
 from gemwright.data.codes import CODES, DataFault
 from gemwright.data.read import read_examples
 from gemwright.data.shapes import entry_of
@@ -104,10 +105,7 @@ def test_what_is_not_trained_on_is_said(tmp_path: Path, row: dict[str, str]) -> 
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=6) | st.sampled_from(["user", "model", "human"])
-KEYS = st.sampled_from(
-    "messages conversations role content from value prompt completion chosen rejected instruction input output text "
-    "system".split()
-)
+KEYS = st.sampled_from([*records.KEYS, "role", "content", "from", "value"])
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4))
 
 

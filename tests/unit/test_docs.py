@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/index.md", "docs/cli.md")
+PAGES = ("README.md", "docs/index.md", "docs/cli.md", "docs/data.md")
 
 
 def test_cli_page_is_what_the_program_prints() -> None:
@@ -31,6 +31,7 @@ def test_readme_names_only_verbs_that_exist() -> None:
     from gemwright.cli import app
 
     verbs = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    verbs |= {group.name for group in app.registered_groups if group.name}
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     said = set(re.findall(r"^\s*(?:\$ )?gemwright ([a-z]+)(?![a-z-])", text, re.M))
     assert said and said <= verbs
