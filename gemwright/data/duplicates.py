@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemwright.data.shapes import Entry
 
-THRESHOLD: Final = 0.9  # of the pieces in common (Jaccard), as the signatures estimate it
+THRESHOLD: Final = 0.85  # of the pieces in common (Jaccard), as the signatures estimate it
 MOST_SIGNATURES: Final = 2_000_000  # 128 bytes each
 _BINS, _BANDS, _PIECE = 64, 8, 8
 _EMPTY = np.uint16(0xFFFF)

@@ -117,6 +117,29 @@ def test_near_duplicates(tmp_path: Path) -> None:
     assert findings["D040"]["line"] == 201 and findings["D040"]["message"] == "repeats line 10"
 
 
+def shared(a: str, b: str) -> float:
+    """What two texts have in common of their pieces of eight characters, exactly."""
+    mine, theirs = ({text[at : at + 8] for at in range(len(text) - 7)} for text in (a, b))
+    return len(mine & theirs) / len(mine | theirs)
+
+
+def test_likeness_is_found_by_what_is_shared() -> None:
+    """docs/data.md's shares, of fewer pairs."""
+    made = random.Random(5)
+    much, little = [], []
+    for _ in range(300):
+        text = "".join(made.choices("abcdefghijklmnopqrstuvwxyz ", k=1200))
+        changed = list(text)
+        for _ in range(made.choice((1, 3, 6, 36))):
+            changed[made.randrange(1200)] = "X"
+        seen = Fingerprints()
+        for each in (text, "".join(changed)):
+            seen.add(entry_of({"text": each}, ""))
+        (much if shared(text, "".join(changed)) > 0.9 else little).append(bool(seen.pairs()[1]))
+    assert len(much) > 100 and sum(much) / len(much) > 0.95
+    assert len(little) > 50 and sum(little) / len(little) < 0.02
+
+
 def test_likeness_is_bounded_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Fingerprints(most_signatures=3)
     for text in (sentence(1), sentence(2), sentence(1), sentence(1) + "!", sentence(2)):
