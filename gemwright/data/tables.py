@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gemwright.data.records import DataFile
 
 _BATCH_ROWS = 512
+_BLOCK_BYTES = 1 << 20
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _LISTS = ("messages", "conversations", "chosen", "rejected")
 
@@ -79,7 +80,6 @@ def arrow_records(file: DataFile, stream: BinaryIO) -> Iterator[Record]:
     number = 0
     try:
         for batch in _batches(stream, file.container):
-            batch.validate(full=True)  # a damaged offset would be followed out of the buffer
             for value in _objects(batch):
                 number += 1
                 yield Record(number, "row", value)
@@ -100,15 +100,20 @@ def _objects(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _batches(stream: BinaryIO, container: str | None) -> Iterator[Any]:
-    """Batches of few rows, for each becomes Python objects at once."""
+    """Validated batches of few rows, for each becomes Python objects at once.
+
+    Without validation a damaged offset would be followed out of its buffer.
+    """
     import pyarrow as pa
 
     if container == "parquet":
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(stream, pre_buffer=False) as parquet:
+        with pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BLOCK_BYTES) as parquet:
             known = [name for name in parquet.schema_arrow.names if name in KEYS] or None
-            yield from parquet.iter_batches(batch_size=_BATCH_ROWS, columns=known, use_threads=False)
+            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=known, use_threads=False):
+                batch.validate(full=True)
+                yield batch
         return
     with (pa.ipc.open_file if container == "arrow" else pa.ipc.open_stream)(stream) as arrow:
         count = arrow.num_record_batches if container == "arrow" else None

@@ -73,7 +73,8 @@ def lookalikes(text: str) -> Iterator[Lookalike]:
     if text.isascii() or not _HAS_OTHER.search(text):
         return
     end = 0
-    is_latin = len(text.encode("utf-8", "replace")) < 1.5 * len(text)
+    sample = text[:_CONTEXT]
+    is_latin = len(sample.encode("utf-8", "replace")) < 1.5 * len(sample)
     for border in (_FROM_OTHER if is_latin else _FROM_LATIN).finditer(text):
         if border.start() < end:
             continue
