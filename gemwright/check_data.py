@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemwright.data.codes import Finding
+from gemwright.data.codes import CODES, Finding
 from gemwright.data.duplicates import MOST_SIGNATURES, Fingerprints, Pair
-from gemwright.data.judge import OnProgress, Verdict, judged, located, silent
+from gemwright.data.judge import OnProgress, Places, Verdict, judged, located, silent
 from gemwright.data.read import NOT_TRAINED
 from gemwright.data.records import DataFile
 from gemwright.data.screen import screen
@@ -100,6 +100,19 @@ class Checked:
         """Whether `gemwright tune` takes it as it is."""
         return self.tally.kept > 0 and not self.tally.has_errors
 
+    def next(self, names: Sequence[Path], repaired: Path | None) -> tuple[object, ...]:
+        """The verb and its words that go on from here."""
+        from gemwright.train.config import TrainConfig
+
+        errors = {code for code in self.tally.counts if CODES[code].severity == "error"}
+        if self.tally.kept and errors <= {"D050"}:
+            longest, model = (self.lengths.longest, self.lengths.model) if self.lengths else (0, "270m")
+            seq = ("--seq", longest) if longest > TrainConfig.model_fields["seq"].default else ()
+            return ("tune", repaired or names[0], "--model", model, "--out", "runs/mine", *seq)
+        if self.tally.kept and errors <= set(self.tally.dropped_by):
+            return ("data", "convert", *names, "kept.jsonl", "--drop-bad")
+        return ("data", "check", *names)
+
     @property
     def format(self) -> str | None:
         """The one format of the usable rows, `mixed`, or None where there is none."""
@@ -173,7 +186,7 @@ def check(
     """
     found = located(names, report)
     checked = Checked([DataFile(path) for path in found.files], list(found.skipped), lengths=lengths)
-    seen, places = Fingerprints(), _Places()
+    seen, places = Fingerprints(), Places()
     for verdict in judged(checked.files, on_progress):
         if _take(verdict, checked):
             seen.add(verdict.entry)  # type: ignore[arg-type]
@@ -205,13 +218,9 @@ def _take(verdict: Verdict, checked: Checked) -> bool:
     for finding in (*screen(entry, line, file), *_lookalikes(entry, line, file)):
         tally.note(finding)
     if entry.format not in checked.first:
-        checked.first[entry.format] = Finding("D007", line, f"{_a(verdict)} is {entry.format}", file)
+        checked.first[entry.format] = Finding("D007", line, entry.format, file)
     tally.keep(entry.format)
     return True
-
-
-def _a(verdict: Verdict) -> str:
-    return f"{verdict.unit} {verdict.line}"
 
 
 def _lookalikes(entry: Entry, line: int, file: str) -> Iterator[Finding]:
@@ -220,39 +229,12 @@ def _lookalikes(entry: Entry, line: int, file: str) -> Iterator[Finding]:
     for name, _, text in entry.texts:
         words = list(lookalikes(text))
         if words:
-            shown = "; ".join(
-                f'"{word.word}" is meant as {word.script} "{word.repaired}"' for word in words[:_SHOWN_WORDS]
-            )
+            shown = "; ".join(f'"{w.word}" with {w.odd}, meant as "{w.repaired}"' for w in words[:_SHOWN_WORDS])
             more = f" and {len(words) - _SHOWN_WORDS} more" if len(words) > _SHOWN_WORDS else ""
             yield Finding("D060", line, f"{name}: {shown}{more}", file)
 
 
-class _Places:
-    """Where each kept row lies, by its number: 12 bytes a row."""
-
-    def __init__(self) -> None:
-        from array import array
-
-        self._lines, self._files = array("q"), array("l")
-        self._names: list[tuple[str, str]] = []
-
-    def add(self, verdict: Verdict) -> None:
-        name = (str(verdict.file.path), verdict.unit)
-        if not self._names or self._names[-1] != name:
-            self._names.append(name)
-        self._lines.append(verdict.line)
-        self._files.append(len(self._names) - 1)
-
-    def __getitem__(self, index: int) -> tuple[str, str, int]:
-        return (*self._names[self._files[index]], self._lines[index])
-
-    def said(self, index: int, beside: str = "") -> str:
-        """The place in words, the file only where it is another than `beside`."""
-        file, unit, line = self[index]
-        return f"{unit} {line}" if file == beside else f"{unit} {line} of {file}"
-
-
-def _repeats(seen: Fingerprints, places: _Places, tally: Tally) -> None:
+def _repeats(seen: Fingerprints, places: Places, tally: Tally) -> None:
     exact, near = seen.pairs()
     for code, how, pairs in (("D040", "repeats", exact), ("D041", "nearly repeats", near)):
         for pair in pairs:
@@ -268,9 +250,9 @@ def _share(pair: Pair) -> str:
 
 
 def _overlap(
-    seen: Fingerprints, places: _Places, validation: Path, checked: Checked, report: Callable[[str], None]
+    seen: Fingerprints, places: Places, validation: Path, checked: Checked, report: Callable[[str], None]
 ) -> None:
-    theirs, their_places = Fingerprints(), _Places()
+    theirs, their_places = Fingerprints(), Places()
     files = [DataFile(path) for path in located([validation], report).files]
     for verdict in judged(files):
         if verdict.entry:
@@ -300,5 +282,5 @@ def _whole(checked: Checked, names: Sequence[Path]) -> None:
             tally.note(Finding("D006", first.line, f"{count:,} of {tally.kept:,} rows are {why}", first.file))
     for name, first in list(checked.first.items())[1:]:
         count = tally.formats[name]
-        what = f"{first.message} where the rows before are {next(iter(checked.first))} ({count:,} rows)"
+        what = f"{first.message} where the rows before are {next(iter(checked.first))}; {count:,} in all"
         tally.note(Finding("D007", first.line, what, first.file))

@@ -74,14 +74,11 @@ def check(
     print(json.dumps(row, ensure_ascii=False) if as_json else shown(found, show=show, colour=colour), flush=True)
     if row["repaired"]:
         say(f"{row['repaired']['repaired']} rows repaired; the copy is {repair}")
+    elif repair is not None:
+        say(f"{repair} was not written")
+    say(f"next: {command('gemwright', *found.next(data, repair))}")
     if not found.is_trainable:
-        if repair is not None and not row["repaired"]:
-            say(f"{repair} was not written")
-        say(f"next: mend them, or {command('gemwright', 'data', 'convert', *data, 'kept.jsonl', '--drop-bad')}")
         raise typer.Exit(2)
-    words = ("tune", repair or data[0], "--model", model or "270m", "--out", "runs/mine")
-    long = ("--seq", lengths.longest) if lengths is not None and lengths.longest > 1024 else ()
-    say(f"next: {command('gemwright', *words, *long)}")
 
 
 @data_app.command()

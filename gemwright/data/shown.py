@@ -25,8 +25,7 @@ def finding_lines(tally: Tally, show: int, colour: bool, files: int) -> list[str
     for code, count, found in tally.by_code():
         severity, title, advice = CODES[code].severity, CODES[code].title, CODES[code].advice
         shade, dim, plain = (_SHADE[severity], _DIM, _PLAIN) if colour else ("", "", "")
-        rows = f"{count:,} {'row' if count == 1 else 'rows'}"
-        lines.append(f"{shade}{severity:<8}{plain}{code}  {bold(title, colour)}, {rows}. {dim}{advice}{plain}")
+        lines.append(f"{shade}{severity:<8}{plain}{code}  {bold(title, colour)} ({count:,}). {dim}{advice}{plain}")
         for finding in found[:show]:
             wrapped = textwrap.wrap(_example(finding, files), _WIDTH)
             lines += [f"{' ' * 14}{line}" if at == 0 else f"{' ' * 16}{line}" for at, line in enumerate(wrapped)]

@@ -67,6 +67,14 @@ class Lookalike:
     repaired: str
     script: Script
 
+    @property
+    def odd(self) -> str:
+        """The letters that do not belong and their script, which no eye tells: "Latin a, o"."""
+        pairs = zip(self.word, self.repaired, strict=True)
+        letters = dict.fromkeys(letter for letter, meant in pairs if letter != meant)
+        scripts = dict.fromkeys(str(_script(letter)) for letter in letters)
+        return f"{' and '.join(scripts)} {', '.join(letters)}"
+
 
 def lookalikes(text: str) -> Iterator[Lookalike]:
     """Words of `text` whose letters of another script look like the script that the rest of the word is in."""

@@ -172,7 +172,7 @@ def test_validation_overlap(tmp_path: Path) -> None:
 
 
 def test_lengths(tmp_path: Path, real_model: Path) -> None:
-    path = written(tmp_path, pair("short"), pair(sentence(1, 100), "the answer"), pair(sentence(2, 40), "no"))
+    path = written(tmp_path, pair("short"), pair(sentence(1, 400), "the answer"), pair(sentence(2, 40), "no"))
     lengths: Lengths = lengths_of(str(real_model), seq=200)
     checked = check([path], lengths=lengths)
     (finding,) = checked.row()["findings"]
@@ -183,6 +183,7 @@ def test_lengths(tmp_path: Path, real_model: Path) -> None:
     assert tokens["cut"] == tokens["longest"] - 200 and tokens["seq"] == 200
     assert (checked.tally.kept, checked.tally.dropped) == (2, 1)
     assert tokens["labelled"] == 2 * 2  # "yes" and "no", and the end of each turn
+    assert checked.next([path], None)[-2:] == ("--seq", tokens["longest"])
     assert f"{lengths.over_long} rows over 200" in shown(checked, show=3, colour=False)
 
 
@@ -272,6 +273,7 @@ def test_the_verb(gemwright: Run, tmp_path: Path) -> None:
     bad = written(tmp_path, GOOD, "{", pair("\u0432o\u0434a"), name="bad.jsonl")
     done = gemwright("data", "check", bad, "--repair", tmp_path / "r.jsonl")
     assert done.returncode == 2 and not (tmp_path / "r.jsonl").exists()
+    assert f"next: gemwright data convert {bad} kept.jsonl --drop-bad" in done.stderr
     assert "error   D011" in done.stdout and "\x1b" not in done.stdout and "was not written" in done.stderr
     (finding, other) = json.loads(gemwright("data", "check", bad, "--json").stdout)["findings"]
     assert (finding["line"], finding["severity"], other["code"]) == (2, "error", "D060")

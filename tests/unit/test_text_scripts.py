@@ -55,6 +55,7 @@ def test_place_word_and_script() -> None:
         "\u0434\u0432\u0430",
         "Cyrillic",
     )
+    assert (first.odd, second.odd) == ("Latin a", "Latin p")
     assert text[second.start : second.start + len(second.word)] == second.word
 
 
