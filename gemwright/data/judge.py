@@ -41,11 +41,11 @@ def judged(files: Sequence[DataFile], on_progress: OnProgress = silent) -> Itera
 
     `on_progress` hears every thousandth row how far (0 to 1) the bytes of all files are read.
     """
-    total = max(1, sum(file.path.stat().st_size for file in files if file.path.is_file()))
+    sizes = [file.path.stat().st_size if file.path.is_file() else 0 for file in files]
     for number, verdict in enumerate(_verdicts(files)):
         if number % 1000 == 999:
-            before = sum(file.path.stat().st_size for file in files[: files.index(verdict.file)])
-            on_progress(min(0.99, (before + verdict.file.read_bytes) / total), f"{number:,} rows")
+            done = sum(sizes[: files.index(verdict.file)]) + verdict.file.read_bytes
+            on_progress(min(0.99, done / max(1, sum(sizes))), f"{number:,} rows")
         yield verdict
 
 
