@@ -62,7 +62,7 @@ class Lengths:
 
     def _encoded(self, entry: Entry) -> tuple[list[int], int]:
         if entry.format in TRAINED:
-            ids, learned = encode_example([Message(**turn) for turn in entry.messages], self.tokenizer.encode)
+            ids, learned = encode_example([Message(**turn) for turn in entry.trained], self.tokenizer.encode)
             return ids, sum(learned)
         ids = [id_ for _, _, text in entry.texts for id_ in self.tokenizer.encode(text)]
         return ids, 0
@@ -71,7 +71,7 @@ class Lengths:
         what = f"{len(ids):,} tokens, {len(ids) - seq:,} more than {seq:,}"
         rest = " ".join(self.tokenizer.decode(ids[seq : seq + _SHOWN_TOKENS]).split())
         turn = ids[:seq].count(START_OF_TURN) + (bool(entry.messages) and entry.messages[0]["role"] == "system")
-        place = f" in message {turn}" if entry.format in TRAINED else ""
+        place = f" in message {turn}" if entry.messages and entry.format in TRAINED else ""
         return f'{what}: the cut would be{place} before "{rest}..."'
 
 
@@ -275,11 +275,9 @@ def _whole(checked: Checked, names: Sequence[Path]) -> None:
             tally.note(Finding("D005", 1, "begins with a byte order mark, which is stepped over", str(file.path)))
     if not tally.read and not tally.has_errors:
         tally.note(Finding("D001", 0, "no rows in it", ", ".join(map(str, names))))
-    for name, why in NOT_TRAINED.items():
-        count = tally.formats.get(name, 0)  # type: ignore[call-overload]
-        if count:
-            first = checked.first[name]  # type: ignore[index]
-            tally.note(Finding("D006", first.line, f"{count:,} of {tally.kept:,} rows are {why}", first.file))
+    if count := tally.formats["preference"]:
+        first = checked.first["preference"]
+        tally.note(Finding("D006", first.line, f"{count:,} of {tally.kept:,} rows are {NOT_TRAINED}", first.file))
     for name, first in list(checked.first.items())[1:]:
         count = tally.formats[name]
         what = f"{first.message} where the rows before are {next(iter(checked.first))}; {count:,} in all"

@@ -170,7 +170,7 @@ def pull(
 
 @app.command()
 def tune(
-    data: Annotated[Path, typer.Argument(help="Conversations: a file, a folder or owner/name; docs/data.md.")],
+    data: Annotated[Path, typer.Argument(help="Chats or text: a file, a folder or owner/name; docs/data.md.")],
     model: ModelName,
     out: Annotated[Path, typer.Option("--out", "-o", help="New run folder.")],
     max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after so many steps.")] = None,

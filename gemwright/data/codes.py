@@ -28,7 +28,9 @@ CODES: Final[Mapping[str, Code]] = MappingProxyType(
         "D003": Code("error", "no known kind of file", "Give JSONL, JSON, CSV, TSV, Parquet, Arrow or .txt."),
         "D004": Code("error", "UTF-16 or UTF-32", "Save it as UTF-8."),
         "D005": Code("note", "byte order mark", "Nothing to do: it is stepped over."),
-        "D006": Code("error", "not trained on yet", "It can be checked and converted; 'tune' takes conversations."),
+        "D006": Code(
+            "error", "not trained on yet", "It can be checked and converted; 'tune' takes conversations and text."
+        ),
         "D007": Code("warning", "formats mixed", "Nothing to do where it is meant; 'data convert' makes them one."),
         "D010": Code("error", "not UTF-8", "Save the file as UTF-8."),
         "D011": Code("error", "not JSON, or not CSV", "Mend the row, or remove it."),

@@ -1,4 +1,4 @@
-"""Reads training data of any known format and container as conversations, every fault named with its line."""
+"""Reads training data of any known format and container as examples, every fault named with its line."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from gemwright.report import say
 
 __all__ = ["ChatMessage", "Example", "iter_examples", "read_examples", "split_examples"]
 
-NOT_TRAINED: Final = {
-    "text": "plain text, which 'gemwright tune' does not train on yet",
-    "preference": "pairs of a chosen and a rejected answer, which 'gemwright tune' does not train on yet",
-}
+NOT_TRAINED: Final = "pairs of a chosen and a rejected answer, which 'gemwright tune' does not train on yet"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation, the line (or row) of the file it came from, and that file."""
+    """One conversation (or plain text, as `Entry.trained` has it), the line (or row) it came from, and the file."""
 
     messages: tuple[ChatMessage, ...]
     line: int
@@ -50,9 +47,9 @@ def iter_examples(path: Path) -> Iterator[Example]:
                 raise record.fault
             entry = entry_of(record.value, where)
             if entry.format not in TRAINED:
-                raise DataFault("D006", NOT_TRAINED[entry.format], where=where, fix="Give conversations.")
+                raise DataFault("D006", NOT_TRAINED, where=where, fix="Give conversations or text.")
             found = True
-            yield Example(entry.messages, record.line, file)
+            yield Example(entry.trained, record.line, file)
     if not found:
         raise DataFault("D001", "no examples in it", where=path, fix=WRITE_ROWS)
 

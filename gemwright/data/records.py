@@ -24,7 +24,7 @@ WRITE_ROWS: Final = 'Write {"messages": [...]} or {"prompt": "...", "completion"
 # The keys of a row that some format knows (shapes.py).
 KEYS: Final = (
     *("messages", "conversations", "system", "prompt", "completion", "chosen", "rejected"),
-    *("instruction", "input", "output", "text"),
+    *("instruction", "input", "output", "text", "goes_on"),
 )
 _KINDS: Final = "Give JSONL, JSON, CSV, TSV, Parquet, Arrow or .txt, plain or as .gz or .zst."
 # A list of objects, or an object over several lines: JSON in a file that is named JSONL.
@@ -130,7 +130,7 @@ class DataFile:
 
             yield from json_values(self.path, joined)
         elif self.container == "text":
-            yield from _documents(self.path, joined)
+            yield from _passages(self.path, joined)
         else:
             from gemwright.data.tables import csv_records
 
@@ -270,11 +270,12 @@ def parse_json(text: str, where: str, *, is_last: bool = False) -> Any:
         raise DataFault("D011", "JSON too deep or a number too long", where=where, fix=WRITE_ROWS) from None
 
 
-_DOCUMENT_CHARACTERS = 4000
+_PASSAGE_CHARACTERS = 2000
 
 
-def _documents(path: Path, stream: BinaryIO) -> Iterator[Record]:
-    """Plain text, cut at the first empty line after every 4,000 characters; `line` is where a document begins."""
+def _passages(path: Path, stream: BinaryIO) -> Iterator[Record]:
+    """Plain text, cut at the first empty line after every 2,000 characters; `line` is where a passage begins."""
+    ready: Record | None = None
     parts: list[str] = []
     number, first, size = 0, 1, 0
     while raw := stream.readline(LONGEST_BYTES):
@@ -292,8 +293,11 @@ def _documents(path: Path, stream: BinaryIO) -> Iterator[Record]:
         if parts or not text.isspace():
             parts.append(text)
             size += len(text)
-        if size > LONGEST_BYTES or (size >= _DOCUMENT_CHARACTERS and text.isspace()):
-            yield Record(first, "line", {"text": "".join(parts).strip()})
-            parts = []
+        if size > LONGEST_BYTES or (size >= _PASSAGE_CHARACTERS and text.isspace()):
+            if ready:
+                yield ready
+            ready, parts = Record(first, "line", {"text": "".join(parts).strip(), "goes_on": True}), []
+    if ready:
+        yield ready if parts else ready._replace(value={"text": ready.value["text"]})
     if parts:
         yield Record(first, "line", {"text": "".join(parts).strip()})

@@ -12,7 +12,7 @@ from gemwright.data.records import WRITE_ROWS
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
 
-TRAINED: Final = ("messages", "sharegpt", "alpaca", "prompt_completion")
+TRAINED: Final = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 MODEL_ROLES: Final = ("assistant", "model")
 _ALTERNATE: Final = "Alternate user and assistant, a system message only at the start."
 _ROLES: Final = ("system", "user", *MODEL_ROLES)
@@ -35,6 +35,14 @@ class Entry:
     text: str | None = None
     chosen: tuple[ChatMessage, ...] = ()
     rejected: tuple[ChatMessage, ...] = ()
+    goes_on: bool = False  # a passage: the text's document has more
+
+    @property
+    def trained(self) -> tuple[ChatMessage, ...]:
+        """What a fine-tune reads: the conversation, or plain text as one message of role document or passage."""
+        if self.text is None:
+            return self.messages
+        return ({"role": "passage" if self.goes_on else "document", "content": self.text},)
 
     @cached_property
     def texts(self) -> list[tuple[str, str, str]]:
@@ -62,12 +70,13 @@ class Entry:
             return tuple({"role": turn["role"], "content": change(turn["content"])} for turn in messages)
 
         text = None if self.text is None else change(self.text)
-        return Entry(self.format, turns(self.messages), text, turns(self.chosen), turns(self.rejected))
+        ends = turns(self.chosen), turns(self.rejected)
+        return Entry(self.format, turns(self.messages), text, *ends, self.goes_on)
 
     def row(self) -> dict[str, Any]:
-        """The canonical row: `messages`; `text`; or `prompt`, `chosen` and `rejected` as lists of messages."""
+        """The canonical row: `messages`; `text`, `goes_on`; or `prompt`, `chosen` and `rejected` as lists of messages."""
         if self.text is not None:
-            return {"text": self.text}
+            return {"text": self.text} | ({"goes_on": True} if self.goes_on else {})
         if self.format == "preference":
             return {"prompt": list(self.messages), "chosen": list(self.chosen), "rejected": list(self.rejected)}
         return {"messages": list(self.messages)}
@@ -85,7 +94,7 @@ def entry_of(row: Any, where: str) -> Entry:
     if format_ == "alpaca":
         return Entry("alpaca", _alpaca(row, where))
     if format_ == "text":
-        return Entry("text", text=_content(row["text"], '"text"', where))
+        return Entry("text", text=_content(row["text"], '"text"', where), goes_on=row.get("goes_on") is True)
     return _preference(row, where) if format_ == "preference" else _pair(row, where)
 
 

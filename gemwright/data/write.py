@@ -81,27 +81,31 @@ class _Unclosing(io.RawIOBase):
 
 
 def _parquet(temporary: Path, path: Path, stack: ExitStack) -> Write:
-    """Rows in groups of 2,048; their columns are those of the first row."""
+    """Rows in groups of 2,048; their columns are those of the first row's kind."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    kinds = {"messages": turns, "text": pa.string(), "prompt": turns, "chosen": turns, "rejected": turns}
+    columns = {
+        "messages": [("messages", turns)],
+        "text": [("text", pa.string()), ("goes_on", pa.bool_())],
+        "prompt": [("prompt", turns), ("chosen", turns), ("rejected", turns)],
+    }
     waiting: list[dict[str, Any]] = []
     out: list[Any] = []
 
     def flush() -> None:
         if waiting and not out:
-            schema = pa.schema([(name, kinds[name]) for name in waiting[0]])
+            schema = pa.schema(columns[next(iter(waiting[0]))])
             out.append(pq.ParquetWriter(temporary, schema, compression="zstd"))
         if waiting:
             out[0].write_batch(pa.RecordBatch.from_pylist(waiting, schema=out[0].schema))
             waiting.clear()
 
     def write(row: dict[str, Any]) -> None:
-        columns = out[0].schema.names if out else list(waiting[0]) if waiting else list(row)
-        if list(row) != columns:
-            what = f"a table cannot hold rows of {', '.join(columns)} and of {', '.join(row)}"
+        first = out[0].schema.names[0] if out else next(iter(waiting[0] if waiting else row))
+        if next(iter(row)) != first:
+            what = f"a table cannot hold rows of {first} and of {next(iter(row))}"
             raise InputError(what, where=path, fix="Write .jsonl.")
         waiting.append(row)
         if len(waiting) >= _GROUP_ROWS:

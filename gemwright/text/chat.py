@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from gemwright.errors import InputError
-from gemwright.spec import BOS, END_OF_TURN, START_OF_TURN
+from gemwright.spec import BOS, END_OF_TURN, EOS, START_OF_TURN
 
 Encode = Callable[[str], list[int]]
 TrainOn = Literal["all", "model", "last"]
 MODEL_ROLES: Final = ("model", "assistant")
+PLAIN_ROLES: Final = ("document", "passage")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: `role` is system (first only), user, or model (also called assistant)."""
+    """One turn: `role` is system (first only), user, or model (also called assistant).
+
+    Alone, it may also be plain text: a document, or a passage of one that goes on.
+    """
 
     role: str
     content: str
@@ -46,8 +50,12 @@ def encode_example(
     """A training example: ids, and True for each that is a target (text of a turn and its `<end_of_turn>`).
 
     `train_on`: targets are the model's turns, only the last of them, or all turns. What follows the last target is
-    left out. InputError where the roles do not alternate or nothing is a target.
+    left out. InputError where the roles do not alternate or nothing is a target. Plain text has no turns: BOS, then
+    all of it is a target, and EOS where the document ends.
     """
+    if len(messages) == 1 and (plain := _message(messages[0])).role in PLAIN_ROLES:
+        text = [*encode(plain.content), *([EOS] if plain.role == "document" else [])]
+        return [BOS, *text], [False] + [True] * len(text)
     turns = _turns(messages)
     learned = _learned(turns, train_on)
     if not learned:
@@ -73,9 +81,13 @@ def _learned(turns: Sequence[Message], train_on: TrainOn) -> list[int]:
     return by_model if train_on == "model" else by_model[-1:]
 
 
+def _message(message: Message | Mapping[str, str]) -> Message:
+    return message if isinstance(message, Message) else Message(message["role"], message["content"])
+
+
 def _turns(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
     """The turns as they are written: system text inside the first user turn, roles user and model, text trimmed."""
-    turns = [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in messages]
+    turns = [_message(message) for message in messages]
     prefix = ""
     if turns and turns[0].role == "system":
         prefix = turns.pop(0).content + "\n\n"

@@ -89,8 +89,10 @@ def test_what_is_said_of_the_whole(tmp_path: Path) -> None:
     checked = check([mixed])
     assert checked.format == "mixed" and checked.is_trainable
     assert [(f["code"], f["line"]) for f in checked.row()["findings"]] == [("D007", 3)]
-    assert found_in(written(tmp_path, '{"text": "only words"}')) == [("D006", 1)]
-    assert not check([written(tmp_path, "some words", name="a.txt")]).is_trainable
+    choice = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+    assert found_in(written(tmp_path, choice)) == [("D006", 1)] and not check([tmp_path / "a.jsonl"]).is_trainable
+    text = check([written(tmp_path, "some words", name="a.txt")])
+    assert text.is_trainable and text.format == "text"
 
 
 def test_a_damaged_file_counts_what_was_read(tmp_path: Path) -> None:

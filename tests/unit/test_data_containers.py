@@ -173,8 +173,11 @@ def test_what_is_no_data_file(tmp_path: Path, name: str, content: bytes, code: s
 def test_text_becomes_documents_that_begin_where_they_say(tmp_path: Path) -> None:
     paragraph = "word " * 500 + "\n"
     found = read(tmp_path / "a.txt", ("\n" + (paragraph + "\n") * 4 + "end").encode())
-    assert [(record.line, record.unit) for record in found] == [(2, "line"), (6, "line"), (10, "line")]
-    assert found[2].value == {"text": "end"} and len(found[0].value["text"]) == 2 * 2500 + 1
+    assert [(record.line, record.unit) for record in found] == [(at, "line") for at in (2, 4, 6, 8, 10)]
+    assert [record.value.get("goes_on", False) for record in found] == [True, True, True, True, False]
+    assert found[4].value == {"text": "end"} and found[0].value["text"] == paragraph.strip()
+    (alone,) = read(tmp_path / "b.txt", (paragraph + "\n\n").encode())
+    assert alone.value == {"text": paragraph.strip()}
 
 
 def test_a_folder_is_read_in_order(tmp_path: Path) -> None:

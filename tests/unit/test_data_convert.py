@@ -103,6 +103,16 @@ def test_documents_and_preferences_are_converted_for_later(tmp_path: Path) -> No
     assert not (tmp_path / "o.parquet").exists()
 
 
+def test_passages_stay_passages(tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text(("word " * 500 + "\n\n") * 3, encoding="utf-8")
+    before = [example.messages for example in read_examples(source)]
+    assert [turn["role"] for (turn,) in before] == ["passage", "passage", "document"]
+    for name in OUTS:
+        convert([source], tmp_path / name)
+        assert [example.messages for example in read_examples(tmp_path / name)] == before
+
+
 def test_nothing_older_is_lost(tmp_path: Path) -> None:
     source, there = written(tmp_path / "in.jsonl", GOOD[0]), written(tmp_path / "there.jsonl", GOOD[1])
     with pytest.raises(InputError, match="is there already"):

@@ -66,7 +66,11 @@ def test_preferences_in_all_their_forms_are_one(row: dict[str, Any]) -> None:
 
 
 def test_a_document() -> None:
-    assert entry_of({"text": "a\nb", "id": 3}, "here").row() == {"text": "a\nb"}
+    entry = entry_of({"text": "a\nb", "id": 3}, "here")
+    assert entry.row() == {"text": "a\nb"} and entry.trained == ({"role": "document", "content": "a\nb"},)
+    passage = entry_of({"text": "a", "goes_on": True}, "here")
+    assert passage.row() == {"text": "a", "goes_on": True} and passage.trained[0]["role"] == "passage"
+    assert passage.mapped(str.upper).row() == {"text": "A", "goes_on": True}
 
 
 @pytest.mark.parametrize(
@@ -96,10 +100,9 @@ def test_faults_have_codes(row: Any, code: str) -> None:
     assert str(caught.value).startswith("here: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("row", [{"text": "words"}, {"prompt": "a", "chosen": "b", "rejected": "c"}])
-def test_what_is_not_trained_on_is_said(tmp_path: Path, row: dict[str, str]) -> None:
+def test_what_is_not_trained_on_is_said(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(row), encoding="utf-8")
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}', encoding="utf-8")
     with pytest.raises(InputError, match="does not train on yet"):
         read_examples(path)
 

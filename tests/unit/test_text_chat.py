@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemwright.errors import InputError
-from gemwright.spec import BOS, END_OF_TURN, START_OF_TURN
+from gemwright.spec import BOS, END_OF_TURN, EOS, START_OF_TURN
 from gemwright.text.chat import Message, TrainOn, encode_example, render_prompt
 
 # The text part of Gemma 3's published template.
@@ -125,3 +125,15 @@ def test_wrong_roles_are_refused(roles: str, message: str) -> None:
 def test_an_example_without_an_answer_is_refused() -> None:
     with pytest.raises(InputError, match="no model turn"):
         encode_example([Message("user", "x")], encode)
+
+
+def test_plain_text_is_learned_whole() -> None:
+    def encode(text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    for role, end in (("document", [EOS]), ("passage", [])):
+        ids, labelled = encode_example([{"role": role, "content": "ab"}], encode)
+        assert ids == [BOS, ord("a"), ord("b"), *end]
+        assert labelled == [False] + [True] * (2 + len(end))
+    with pytest.raises(InputError, match="role 'document'"):
+        encode_example([{"role": "document", "content": "a"}, {"role": "model", "content": "b"}], encode)
