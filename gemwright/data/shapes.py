@@ -74,7 +74,7 @@ class Entry:
         return Entry(self.format, turns(self.messages), text, *ends, self.goes_on)
 
     def row(self) -> dict[str, Any]:
-        """The canonical row: `messages`; `text`, `goes_on`; or `prompt`, `chosen` and `rejected` as lists of messages."""
+        """The canonical row: `messages`; `text`; or `prompt`, `chosen` and `rejected` as lists of messages."""
         if self.text is not None:
             return {"text": self.text} | ({"goes_on": True} if self.goes_on else {})
         if self.format == "preference":
