@@ -11,8 +11,11 @@ from typing import Final
 from gemwright.data.codes import DataFault
 from gemwright.data.records import COMPRESSED, SUFFIXES, bare_suffix
 
-# What `datasets` and the Hub put beside the data.
-_ABOUT: Final = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+# What stands beside data: by `datasets` and the Hub, and by people.
+_ABOUT: Final = re.compile(
+    r"(dataset_infos?|dataset_dict|state|config)\.json|(readme|licen[sc]e|notice|copying|changelog|requirements)\b.*",
+    re.I,
+)
 _TRAIN: Final = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)", re.I)
 _HELD_OUT: Final = re.compile(r"(^|[/_.-])(test|validation|valid|val|dev|eval)([/_.-]|$)", re.I)
 _HUB_NAME: Final = re.compile(r"(hf:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -46,7 +49,7 @@ def locate(name: Path, report: Callable[[str], None] = lambda line: None) -> Loc
 
 def is_data(path: Path) -> bool:
     """Whether a file's name is that of a data file."""
-    return bare_suffix(path) in SUFFIXES and path.name not in _ABOUT
+    return bare_suffix(path) in SUFFIXES and not _ABOUT.fullmatch(path.name)
 
 
 def in_folder(folder: Path) -> Located:
@@ -58,7 +61,7 @@ def in_folder(folder: Path) -> Located:
     skipped = [(file, "no data file by its name") for file in shown if file not in set(data)]
     training = [file for file in data if _TRAIN.search(inner[file])]
     if training and any(_HELD_OUT.search(inner[file]) for file in data):
-        skipped += [(file, "a held-out split") for file in data if file not in set(training)]
+        skipped += [(file, "beside a training split") for file in data if file not in set(training)]
         data = training
     if not data:
         what = "is a folder with no data file in it"

@@ -181,12 +181,12 @@ def test_text_becomes_documents_that_begin_where_they_say(tmp_path: Path) -> Non
 
 
 def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a/c.jsonl", "a/.hidden.jsonl", "README.md", "dataset_info.json"):
+    for name in ("b.jsonl", "a/c.jsonl", "a/.hidden.jsonl", "README.md", "LICENSE-x.txt", "dataset_info.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"prompt": name, "completion": "x"}), encoding="utf-8")
     found = locate(tmp_path)
     assert [file.relative_to(tmp_path).as_posix() for file in found.files] == ["a/c.jsonl", "b.jsonl"]
-    assert {file.name for file, _ in found.skipped} == {"README.md", "dataset_info.json"}
+    assert {file.name for file, _ in found.skipped} == {"README.md", "LICENSE-x.txt", "dataset_info.json"}
     read = read_examples(tmp_path)
     assert [example.messages[0]["content"] for example in read] == ["a/c.jsonl", "b.jsonl"]
     assert [example.path for example in read] == list(found.files)
@@ -197,7 +197,7 @@ def test_held_out_splits_beside_a_training_split_are_left_out(tmp_path: Path) ->
         (tmp_path / name).touch()
     found = locate(tmp_path)
     assert [file.name for file in found.files] == ["train-00000-of-00001.parquet"]
-    assert {why for _, why in found.skipped} == {"a held-out split"}
+    assert {why for _, why in found.skipped} == {"beside a training split"}
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "no/such/place", "chats/none.jsonl"])
