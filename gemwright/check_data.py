@@ -14,6 +14,7 @@ from gemwright.data.judge import OnProgress, Places, Verdict, judged, located, s
 from gemwright.data.read import NOT_TRAINED
 from gemwright.data.records import DataFile
 from gemwright.data.screen import screen
+from gemwright.data.secrets import hidden
 from gemwright.data.shapes import TRAINED, Entry, Format
 from gemwright.data.shown import bold, counted, finding_lines, named
 from gemwright.data.tally import Tally
@@ -69,7 +70,7 @@ class Lengths:
 
     def _cut(self, ids: list[int], seq: int, entry: Entry) -> str:
         what = f"{len(ids):,} tokens, {len(ids) - seq:,} more than {seq:,}"
-        rest = " ".join(self.tokenizer.decode(ids[seq : seq + _SHOWN_TOKENS]).split())
+        rest = " ".join(hidden(self.tokenizer.decode(ids[seq : seq + _SHOWN_TOKENS])).split())
         turn = ids[:seq].count(START_OF_TURN) + (bool(entry.messages) and entry.messages[0]["role"] == "system")
         place = f" in message {turn}" if entry.messages and entry.format in TRAINED else ""
         return f'{what}: the cut would be{place} before "{rest}..."'

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gemwright.data.codes import DataFault
-from gemwright.data.records import LONGEST_BYTES, Record
+from gemwright.data.records import ESCAPED_BYTE, LONGEST_BYTES, Record
 
 _BLOCK_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -101,7 +101,7 @@ def _value(window: _Window, number: int, path: Path) -> Record:
             raise window.fault("D013", what, window.at)
         window.grow()
     text, window.at = window.text[window.at : end], end
-    if not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
+    if not text.isascii() and ESCAPED_BYTE.search(text):
         fault = DataFault("D010", "not UTF-8", where=f"{path}, row {number}", fix="Save the file as UTF-8.")
         return Record(number, "row", None, fault)
     return Record(number, "row", value)

@@ -27,6 +27,8 @@ KEYS: Final = (
     *("instruction", "input", "output", "text", "goes_on"),
 )
 _KINDS: Final = "Give JSONL, JSON, CSV, TSV, Parquet, Arrow or .txt, plain or as .gz or .zst."
+# What `surrogateescape` makes of bytes that are no UTF-8.
+ESCAPED_BYTE: Final = re.compile("[\udc80-\udcff]")
 # A list of objects, or an object over several lines: JSON in a file that is named JSONL.
 _SPREAD: Final = re.compile(rb"\[\s*\{|\{[ \t\r]*\n\s*[\"}]")
 _HEAD_BYTES = 64 << 10

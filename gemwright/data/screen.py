@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from gemwright.data.codes import Finding
-from gemwright.data.secrets import has_hint, secrets_in
+from gemwright.data.secrets import has_hint, hidden, secrets_in
 from gemwright.data.shapes import MODEL_ROLES, Entry
 
 # Gemma 3's control tokens; a test compares them with the vocabulary of the real model.
@@ -54,7 +54,8 @@ def _markers(text: str) -> Iterator[tuple[str, str]]:
 
 
 def around(text: str, at: int) -> str:
-    """A short part of `text` around `at`, on one line."""
+    """A short part of `text` around `at`, on one line, without secrets."""
+    text = hidden(text)
     start, end = max(0, at - _SHOWN), at + _SHOWN
     part = "".join(letter if letter.isprintable() else "\N{MIDDLE DOT}" for letter in text[start:end])
     return f'"{"..." * (start > 0)}{part}{"..." * (end < len(text))}"'

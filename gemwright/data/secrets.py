@@ -73,6 +73,20 @@ def has_hint(text: str) -> bool:
 
 def secrets_in(text: str) -> Iterator[tuple[str, str]]:
     """(what it looks like, its first four characters and its length) of each; a text is told as one kind only."""
+    for name, match in _found(text):
+        yield name, masked(match.group(1))
+
+
+def hidden(text: str) -> str:
+    """`text` with stars for all but the first characters of each secret: to be shown in part."""
+    for _, match in _found(text) if has_hint(text) else ():
+        start, end = match.span(1)
+        start += _shown(match.group(1))
+        text = text[:start] + "*" * (end - start) + text[end:]
+    return text
+
+
+def _found(text: str) -> Iterator[tuple[str, re.Match[str]]]:
     lower = text.lower()
     seen: set[int] = set()
     for kind in _KINDS:
@@ -81,9 +95,13 @@ def secrets_in(text: str) -> Iterator[tuple[str, str]]:
         for match in kind.pattern.finditer(text):
             if match.end(1) not in seen:
                 seen.add(match.end(1))
-                yield kind.name, masked(match.group(1))
+                yield kind.name, match
+
+
+def _shown(secret: str) -> int:
+    return min(4, len(secret) // 3)
 
 
 def masked(secret: str) -> str:
     """Enough to find it again, not enough to use it."""
-    return f"{secret[: min(4, len(secret) // 3)]}... ({len(secret)} characters)"
+    return f"{secret[: _shown(secret)]}... ({len(secret)} characters)"

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gemwright.data.codes import DataFault
-from gemwright.data.records import KEYS, LONGEST_BYTES, Record, parse_json
+from gemwright.data.records import ESCAPED_BYTE, KEYS, LONGEST_BYTES, Record, parse_json
 
 if TYPE_CHECKING:
     from gemwright.data.records import DataFile
 
 _BATCH_ROWS = 512
 _BLOCK_BYTES = 1 << 20
-_ESCAPED = re.compile("[\udc80-\udcff]")
 _LISTS = ("messages", "conversations", "chosen", "rejected")
 
 
@@ -64,7 +62,7 @@ def _object(header: list[str], fields: list[str], where: str) -> dict[str, Any]:
     if len(fields) != len(header):
         what = f"{len(fields)} fields, but the header names {len(header)}"
         raise DataFault("D014", what, where=where, fix="Put a text that holds the delimiter or a line end in quotes.")
-    if any(_ESCAPED.search(field) for field in fields):
+    if any(ESCAPED_BYTE.search(field) for field in fields):
         raise DataFault("D010", "not UTF-8", where=where, fix="Save the file as UTF-8.")
     row: dict[str, Any] = dict(zip(header, fields, strict=True))
     for name in _LISTS:
