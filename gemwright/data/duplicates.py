@@ -22,7 +22,7 @@ _BINS, _BANDS, _PIECE = 64, 8, 8
 _EMPTY = np.uint16(0xFFFF)
 _BATCH_CHARACTERS = 1 << 19
 _LONGEST_CHARACTERS = 1 << 16
-_PRIME = np.uint64(0x9E3779B97F4A7C15)
+_PRIME, _PRIME_32 = np.uint64(0x9E3779B97F4A7C15), np.uint32(0x9E3779B1)
 # glibc gives freed blocks of over 128 KiB back to the system, and their return costs page faults that are four fifths
 # of the time here, until a larger block was freed once.
 _KEPT_BY_MALLOC: Final = 24 << 20
@@ -107,20 +107,20 @@ def _signatures(texts: list[str]) -> Signatures:
     """[len(texts), 64] least hash in each bin, of all texts at once; a bin without a piece holds _EMPTY."""
     texts = [text if len(text) >= _PIECE else text.ljust(_PIECE, "\x1f") for text in texts]
     lengths = np.array([len(text) for text in texts])
-    letters = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-    hashes = letters * _PRIME
+    hashes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32) * _PRIME_32
     step = 1
     while step < _PIECE:  # from pieces of `step` characters to pieces of twice as many
-        hashes = (hashes[:-step] * _PRIME) ^ (hashes[step:] + (hashes[:-step] >> np.uint64(29)))
+        hashes = (hashes[:-step] * _PRIME_32) ^ (hashes[step:] + (hashes[:-step] >> np.uint32(13)))
         step *= 2
-    hashes = (hashes ^ (hashes >> np.uint64(32))) * _PRIME
-    row = np.repeat(np.arange(len(texts), dtype=np.int64), lengths)[: len(hashes)]
+    hashes = (hashes ^ (hashes >> np.uint32(16))) * _PRIME_32
+    hashes ^= hashes >> np.uint32(15)
+    row = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)[: len(hashes)]
     last = np.repeat(np.cumsum(lengths) - _PIECE, lengths)[: len(hashes)]
     inside = np.arange(len(hashes)) <= last  # a piece does not reach into the next row
     hashes, row = hashes[inside], row[inside]
-    bins = row * _BINS + (hashes >> np.uint64(58)).astype(np.int64)
+    bins = row * np.int32(_BINS) + (hashes >> np.uint32(26)).astype(np.int32)
     least = np.full(len(texts) * _BINS, _EMPTY, dtype=np.uint16)
-    np.minimum.at(least, bins, (hashes >> np.uint64(40)).astype(np.uint16))
+    np.minimum.at(least, bins, (hashes >> np.uint32(10)).astype(np.uint16))
     return least.reshape(len(texts), _BINS)
 
 
