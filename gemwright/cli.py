@@ -37,6 +37,7 @@ app = typer.Typer(
       gemwright score page.txt --model 270m
     """,
 )
+app.add_typer(cli_data.data_app, name="data")
 app.add_typer(cli_runs.app, name="runs")
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="270m, a GGUF file or a safetensors folder.")]
@@ -53,9 +54,6 @@ def _version(wanted: bool) -> None:
     if wanted:
         print(f"gemwright {__version__}")
         raise typer.Exit
-
-
-app.add_typer(cli_data.data_app, name="data")
 
 
 @app.callback()
