@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_rows import CONTAINERS
+from packed_rows import CONTAINERS, arrow
 
 from gemwright.check_data import check
 from gemwright.data.judge import judged
@@ -47,3 +49,12 @@ def test_any_damage_ends_in_rows_or_a_finding(tmp_path_factory: pytest.TempPathF
         assert not faults and len(examples) == len(verdicts)
     row = check([path]).row()
     assert row["read"] == row["kept"] + row["dropped"] == sum(verdict.is_row for verdict in verdicts)
+
+
+def test_an_arrow_stream_that_claims_more_than_memory(tmp_path: Path) -> None:
+    """A changed bit in a length made pyarrow ask for terabytes; the fuzzer found it."""
+    path, whole = tmp_path / "a.arrow", arrow([{"prompt": "a", "completion": "b"}], pa.ipc.new_stream)
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x20]) + whole[at + 1 :])
+        for verdict in judged([DataFile(path)]):
+            assert (verdict.entry is None) != (verdict.fault is None)
