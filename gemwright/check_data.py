@@ -255,10 +255,14 @@ def _overlap(
 ) -> None:
     theirs, their_places = Fingerprints(), Places()
     files = [DataFile(path) for path in located([validation], report).files]
+    faults = 0
     for verdict in judged(files):
         if verdict.entry:
             theirs.add(verdict.entry)
             their_places.add(verdict)
+        faults += verdict.fault is not None
+    if faults:
+        report(f"{validation}: {faults:,} faults in the validation data; check it by itself too")
     if not len(theirs):
         raise InputError("no usable row in the validation data", where=validation, fix="Check it by itself first.")
     pairs = seen.pairs_with(theirs)

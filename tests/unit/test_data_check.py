@@ -169,8 +169,10 @@ def test_validation_overlap(tmp_path: Path) -> None:
     checked = check([data], validation=held_out)
     assert checked.overlap == 2 and checked.is_trainable
     assert [(f["code"], f["line"]) for f in checked.row()["findings"]] == [("D042", 4), ("D042", 6)]
+    heard: list[str] = []
     with pytest.raises(InputError, match="no usable row in the validation data"):
-        check([data], validation=written(tmp_path, "{", name="bad.jsonl"))
+        check([data], validation=written(tmp_path, "{", name="bad.jsonl"), report=heard.append)
+    assert len(heard) == 1 and "1 faults in the validation data" in heard[0]
 
 
 def test_lengths(tmp_path: Path, real_model: Path) -> None:
