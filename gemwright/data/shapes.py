@@ -211,7 +211,15 @@ def _turn(message: Any, name: str, where: str) -> ChatMessage:
     if role not in _ROLES:
         fix = "Use system, user or assistant." if by[0] == "role" else "Use system, human or gpt."
         raise DataFault("D021", f"{name} has unknown role {str(role)[:40]!r}", where=where, fix=fix)
-    return {"role": role, "content": _content(message[by[1]], name, where)}
+    return {"role": role, "content": _content(_joined(message[by[1]]), name, where)}
+
+
+def _joined(content: Any) -> Any:
+    """One text where it is a list of text parts, as templates for images write it; anything else as it is."""
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        return content
+    texts = [part.get("text") if part.get("type") == "text" else None for part in content]
+    return "".join(map(str, texts)) if texts and all(isinstance(text, str) for text in texts) else content
 
 
 def _content(value: Any, name: str, where: str, *, may_be_empty: bool = False) -> str:
