@@ -114,9 +114,8 @@ def _format(row: Mapping[str, Any], where: str) -> Format:
     if "text" in keys:
         return "text"
     what = 'neither "messages" nor "prompt" and "completion" nor another known format'
-    named = ", ".join(sorted(map(str, row)))[:80]
-    fix = f"Rename its keys ({named}): {WRITE_ROWS}" if row else WRITE_ROWS
-    raise DataFault("D016", what, where=where, fix=fix)
+    keys_here = ", ".join(sorted(map(str, row)))[:80]
+    raise DataFault("D016", what + (f" (keys: {keys_here})" if row else ""), where=where, fix=WRITE_ROWS)
 
 
 def _needed(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:

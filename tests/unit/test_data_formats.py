@@ -119,6 +119,11 @@ KEYS = st.sampled_from([*records.KEYS, "role", "content", "from", "value"])
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4))
 
 
+def test_an_unknown_format_names_its_keys() -> None:
+    with pytest.raises(DataFault, match=r"\(keys: answer, question\)"):
+        entry_of({"question": "a", "answer": "b"}, "here")
+
+
 @given(VALUES)
 def test_any_structure_is_an_entry_or_a_fault(value: Any) -> None:
     try:
