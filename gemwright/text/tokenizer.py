@@ -2,26 +2,20 @@
 
 The vocabulary is SentencePiece BPE: characters are merged pair by pair, the best-scored piece first and the leftmost
 of equals. A rank-of-pair BPE cannot express that ("aaa" can be made of "a"+"aa" or "aa"+"a", one score, two ranks), so
-the merging is done here; words are remembered, which makes it fast enough and needs no cache on disk.
-Reference: llama.cpp `src/llama-vocab.cpp`, `llm_tokenizer_spm_session`.
+the merging is SentencePiece's own. Reference: llama.cpp `src/llama-vocab.cpp`, `llm_tokenizer_spm_session`.
 """
 
 from __future__ import annotations
 
 import codecs
-import heapq
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from gemwright.errors import InputError
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
-SPACE: Final = "▁"
-_LONGEST_REMEMBERED = 48  # characters; longer words are rare and would only fill the memory
+from gemwright.text.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Encoder
 
 
 class ModelWithTokenizer(Protocol):
@@ -40,14 +34,8 @@ class Tokenizer:
         """`tokens`, `scores`, `types`: one entry per id, as in GGUF's `tokenizer.ggml.*`."""
         self._tokens = tokens
         self._types = types
-        self._user = {text: id_ for id_, text in enumerate(tokens) if types[id_] == USER_DEFINED}
-        self._bytes = {int(tokens[id_][3:5], 16): id_ for id_ in range(len(tokens)) if types[id_] == BYTE}
-        self._byte_of = {id_: value for value, id_ in self._bytes.items()}
-        self._ids = {text: id_ for id_, text in enumerate(tokens) if types[id_] == NORMAL}
-        self._rank = {text: -scores[id_] for text, id_ in self._ids.items()}
-        self._user_pattern = _longest_first(self._user)
-        self._word_pattern = _word_boundaries(self._ids)
-        self._remembered = lru_cache(maxsize=1 << 17)(self._merge)
+        self._byte_of = {id_: int(tokens[id_][3:5], 16) for id_ in range(len(tokens)) if types[id_] == BYTE}
+        self.encode = Encoder(tokens, scores, types)
 
     @classmethod
     def from_model(cls, model: ModelWithTokenizer) -> Tokenizer:
@@ -99,27 +87,15 @@ class Tokenizer:
         in_bytes = {text for text, kind in zip(tokens, types, strict=True) if kind == BYTE}
         if in_bytes != {f"<0x{value:02X}>" for value in range(256)}:
             raise InputError("tokenizer lacks the 256 byte tokens", where=where, fix=_ANOTHER_FILE)
-        return cls(tokens, scores, types)
+        try:
+            return cls(tokens, scores, types)
+        except ValueError as error:
+            raise InputError(f"tokenizer cannot be used ({error})", where=where, fix=_ANOTHER_FILE) from error
 
     @property
     def vocab_size(self) -> int:
         """How many ids there are."""
         return len(self._tokens)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without BOS. InputError where `text` holds half a surrogate pair, which is no character."""
-        ids: list[int] = []
-        start = 0
-        for match in self._user_pattern.finditer(text):
-            self._encode_plain(text[start : match.start()], ids)
-            ids.append(self._user[match.group()])
-            start = match.end()
-        self._encode_plain(text[start:], ids)
-        return ids
-
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control tokens have none, bytes that form no UTF-8 become U+FFFD."""
@@ -137,46 +113,18 @@ class Tokenizer:
         text = self._tokens[id_]
         return (text if kind == USER_DEFINED else text.replace(SPACE, " ")).encode("utf-8")
 
+    def piece(self, id_: int) -> str:
+        """How the vocabulary writes one token (`<bos>`, `<0xF0>`), but spaces as spaces."""
+        text = self._tokens[id_]
+        return text.replace(SPACE, " ") if self._types[id_] == NORMAL else text
+
+    def is_text(self, id_: int) -> bool:
+        """Whether a token is characters of text: no control token and no single byte."""
+        return self._types[id_] in (NORMAL, USER_DEFINED)
+
     def stream(self) -> StreamDecoder:
         """A decoder to feed one id at a time."""
         return StreamDecoder(self)
-
-    def _encode_plain(self, text: str, ids: list[int]) -> None:
-        for word in self._word_pattern.findall(text.replace(" ", SPACE)):
-            ids.extend(self._remembered(word) if len(word) <= _LONGEST_REMEMBERED else self._merge(word))
-
-    def _merge(self, word: str) -> tuple[int, ...]:
-        """Merge neighbours, best score first, leftmost of equals, until no pair makes a piece."""
-        rank = self._rank
-        parts: list[str] = list(word)  # a merged-away part is ""
-        count = len(parts)
-        before, after = list(range(-1, count - 1)), list(range(1, count + 1))
-        queue = [(rank[pair], i, pair) for i in range(count - 1) if (pair := parts[i] + parts[i + 1]) in rank]
-        heapq.heapify(queue)
-        while queue:
-            _, left, pair = heapq.heappop(queue)
-            right = after[left]
-            if not parts[left] or right >= count or parts[left] + parts[right] != pair:
-                continue
-            parts[left], parts[right] = pair, ""
-            following = after[left] = after[right]
-            if following < count:
-                before[following] = left
-                if (longer := pair + parts[following]) in rank:
-                    heapq.heappush(queue, (rank[longer], left, longer))
-            if (previous := before[left]) >= 0 and (longer := parts[previous] + pair) in rank:
-                heapq.heappush(queue, (rank[longer], previous, longer))
-        return tuple(id_ for part in parts if part for id_ in self._piece_ids(part))
-
-    def _piece_ids(self, piece: str) -> Sequence[int]:
-        if (id_ := self._ids.get(piece)) is not None:
-            return (id_,)
-        try:
-            return [self._bytes[value] for value in piece.encode("utf-8")]
-        except UnicodeEncodeError:
-            raise InputError(
-                f"text holds half a surrogate pair (U+{ord(piece):04X})", fix="Remove or repair that character."
-            ) from None
 
 
 class StreamDecoder:
@@ -196,27 +144,6 @@ class StreamDecoder:
 
 
 _ANOTHER_FILE = "Take the model file of a Gemma 3 model."
-
-
-def _longest_first(texts: Iterable[str]) -> re.Pattern[str]:
-    """Leftmost, longest of `texts`; the lookahead skips quickly where none can begin."""
-    ordered = sorted(texts, key=len, reverse=True)
-    if not ordered:
-        return re.compile(r"(?!)")
-    first = "".join(sorted({re.escape(text[0]) for text in ordered}))
-    return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, ordered))})")
-
-
-def _word_boundaries(pieces: Iterable[str]) -> re.Pattern[str]:
-    """Words to be merged on their own: no piece crosses a space, but after the few characters where one does."""
-    crossing = {piece[at - 1] for piece in pieces for at in _inner_spaces(piece)}
-    keep = "".join(map(re.escape, sorted(crossing)))
-    inner = f"[^{SPACE}]|(?<=[{keep}]){SPACE}" if keep else f"[^{SPACE}]"
-    return re.compile(f"(?s:.(?:{inner})*)")
-
-
-def _inner_spaces(piece: str) -> list[int]:
-    return [at for at in range(1, len(piece)) if piece[at] == SPACE] if SPACE in piece[1:] else []
 
 
 def _by_id(vocabulary: Mapping[str, int], added: Mapping[int, Any]) -> list[str]:

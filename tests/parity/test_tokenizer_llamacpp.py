@@ -110,6 +110,18 @@ def test_pieces_in_random_order(tokenizer: Tokenizer, llamacpp: Tokenize) -> Non
     assert_same(tokenizer, llamacpp, texts)
 
 
+def test_pieces_of_letters_and_signs_in_all_company(tokenizer: Tokenizer, llamacpp: Tokenize) -> None:
+    """Those that may reach from one word into the next, and emoji of several characters."""
+    pieces = {tokenizer.decode([id_]).strip() for id_ in range(tokenizer.vocab_size) if tokenizer.is_text(id_)}
+    mixed = sorted(piece for piece in pieces if any(map(str.isalnum, piece)) and not piece.isalnum())
+    signs = sorted(piece for piece in pieces if len(piece) > 1 and not any(map(str.isalnum, piece)))
+    emoji = ["👩‍🚀", "🏳️‍🌈", "👍🏽", "🇺🇦", "1️⃣", "❤️", "👨‍👩‍👧‍👦", "☎️", "󠁧"]
+    rng = random.Random(2)
+    some = [*rng.sample(mixed, 2500), *rng.sample(signs, 1500), *emoji]
+    around = ("", " ", "  ", "a", "я", "1", ".", "> ", "\n", "漢", "(", "۔", "\u200d")
+    assert_same(tokenizer, llamacpp, [f"{rng.choice(around)}{piece}{rng.choice(around)}{piece} b" for piece in some])
+
+
 def test_runs_of_unusual_text(tokenizer: Tokenizer, llamacpp: Tokenize) -> None:
     rng = random.Random(1)
     texts = []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemwright.errors import InputError
@@ -69,6 +72,38 @@ def test_leftmost_of_equal_scores_is_merged_first() -> None:
     tokens, types = [*BYTES, "aa", "a"], [BYTE] * 256 + [NORMAL] * 2
     tokenizer = Tokenizer(tokens, [-float(id_) for id_ in range(258)], types)
     assert [tokens[id_] for id_ in tokenizer.encode("aaaaa")] == ["aa", "aa", "a"]
+
+
+def merged(text: str) -> list[int]:
+    """llama.cpp's rule in its plainest words: user-defined tokens first, then the best pair, the leftmost of equals."""
+    defined = re.compile("|".join(map(re.escape, sorted(USER, key=len, reverse=True))))
+    ids: list[int] = []
+    start = 0
+    for found in [*defined.finditer(text), None]:
+        parts = list(text[start : found.start() if found else len(text)].replace(" ", SPACE))
+        while pairs := [(PIECES.index(a + b), at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in PIECES]:
+            at = min(pairs)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        for part in parts:
+            ids += (
+                [TOKENS.index(part, -len(PIECES))]
+                if part in PIECES
+                else [TOKENS.index(BYTES[b]) for b in part.encode()]
+            )
+        if found:
+            ids.append(TOKENS.index(found.group()))
+            start = found.end()
+    return ids
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="ab \n<>td/hel1п漢▁é") | st.text(), max_size=20))
+def test_ids_are_those_of_the_plain_rule_however_much_was_encoded_before(texts: list[str]) -> None:
+    encode = pickle.loads(pickle.dumps(TOKENIZER.encode))
+    for _ in range(100):  # it encodes the first texts whole
+        encode("a")
+    for text in [*texts, *texts]:
+        assert encode(text) == TOKENIZER.encode(text) == merged(text)
 
 
 @pytest.mark.parametrize("control", CONTROLS)
