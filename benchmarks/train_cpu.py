@@ -34,10 +34,12 @@ def documents(model: Path) -> Iterator[list]:
     """Endless steps: each a list of ROWS rows, each a list of encoded examples of the demo's data."""
     from gemwright.data.cldr import split_path
     from gemwright.text.tokenizer import Tokenizer
-    from gemwright.train.batches import encode_file, pack
+    from gemwright.train.batches import pack
+    from gemwright.train.prepare import prepare
     from gemwright.weights.model_file import open_model
 
-    examples = encode_file(split_path("train"), Tokenizer.from_model(open_model(model)).encode, "model", ROW)
+    encode = Tokenizer.from_model(open_model(model)).encode
+    examples = prepare(split_path("train"), encode, "model", seq=ROW).examples
     epoch = 0
     while True:
         rows = pack(examples, ROW, 0, epoch)

@@ -191,6 +191,9 @@ def tune(
     dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout (0).")] = None,
     targets: Annotated[str | None, typer.Option("--targets", help="Linears to adapt, e.g. q,k,v,o (all).")] = None,
     train_on: Annotated[str | None, typer.Option("--train-on", help="Turns to learn: model, last or all.")] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Many examples a row, or one (like lengths together).")
+    ] = None,
     precision: Annotated[str | None, typer.Option("--precision", help="auto, bf16 or fp32.")] = None,
     compute: Annotated[
         str | None, typer.Option("--compute", help="Products of the frozen weights: bf16 (as --precision) or fp8.")

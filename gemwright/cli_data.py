@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from gemwright.report import Progressing, command, say
+from gemwright.report import Progressing, command, say, size
 
 data_app = typer.Typer(
     rich_markup_mode=None,
@@ -21,10 +21,15 @@ data_app = typer.Typer(
     Examples:
       gemwright data check chats.jsonl
       gemwright data convert alpaca.parquet chats.jsonl
+      gemwright data preview chats.jsonl --model 270m
+      gemwright data prepare chats.jsonl --model 270m --seq 2048
     """,
 )
 
 Names = Annotated[list[Path], typer.Argument(help="Files, folders, or a Hugging Face data set (owner/name).")]
+OneName = Annotated[Path, typer.Argument(help="File, folder, or a Hugging Face data set (owner/name).")]
+ModelName = Annotated[str, typer.Option("--model", "-m", help="270m, a GGUF file or a safetensors folder.")]
+Learned = Annotated[Literal["model", "last", "all"], typer.Option("--train-on", help="Turns to learn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -120,6 +125,95 @@ def convert(
         say("next: mend the rows, or add --drop-bad to leave them out")
         raise typer.Exit(2)
     say(f"next: {command('gemwright', 'data', 'check', out)}")
+
+
+@data_app.command()
+def preview(
+    data: OneName,
+    model: ModelName,
+    example: Annotated[int, typer.Option("--example", min=1, help="The first example to show, counted from 1.")] = 1,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many to show.")] = 1,
+    train_on: Learned = "model",
+    seq: Annotated[int | None, typer.Option("--seq", min=16, help="Show where a row of so many tokens ends.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the exact tokens of examples, and on which of them a loss is taken.
+
+    In colour on a terminal; elsewhere, or with NO_COLOR, a line a token.
+
+    \b
+    Examples:
+      gemwright data preview chats.jsonl --model 270m
+      gemwright data preview chats.jsonl --model 270m --example 100 --count 3 --train-on last
+      gemwright data preview chats.jsonl --model 270m --seq 512 --json
+    """
+    from gemwright.preview_data import preview as previewed
+    from gemwright.preview_data import shown
+
+    found = previewed(data, model, train_on, example, count)
+    result = {"data": str(data), "train_on": train_on, "seq": seq, "examples": [each.row(seq) for each in found]}
+    print(json.dumps(result, ensure_ascii=False) if as_json else shown(found, seq, _has_colour()), flush=True)
+    say(f"next: {command('gemwright', 'data', 'prepare', data, '--model', model)}")
+
+
+@data_app.command()
+def prepare(
+    data: Annotated[Path | None, typer.Argument(help="File, folder, or a Hugging Face data set (owner/name).")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="270m, a GGUF file or a safetensors folder.")
+    ] = None,
+    seq: Annotated[int, typer.Option("--seq", min=16, help="Tokens a packed row.")] = 1024,
+    train_on: Learned = "model",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Most processes to tokenise in (all threads, within 1 GB of RAM)."),
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List what is kept.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all that is kept.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn data into tokens on disk, as 'gemwright tune' does by itself; what is there already is taken as it is.
+
+    \b
+    Examples:
+      gemwright data prepare chats.jsonl --model 270m
+      gemwright data prepare chats.jsonl --model 270m --seq 2048 --train-on all --workers 4 --json
+      gemwright data prepare --list
+      gemwright data prepare --clear
+    """
+    if clear or show_list:
+        if data is not None or (clear and show_list):
+            raise typer.BadParameter("--list and --clear stand alone")
+        _kept(clear, as_json)
+        return
+    if data is None or model is None:
+        raise typer.BadParameter("give data and --model")
+    from gemwright.prepare_data import prepare_file, shown
+
+    with Progressing() as progress:
+        row = prepare_file(
+            data, model, seq=seq, train_on=train_on, workers=workers, report=progress.say, progress=progress
+        )
+    print(json.dumps(row, ensure_ascii=False) if as_json else shown(row), flush=True)
+    row_length = () if seq == 1024 else ("--seq", seq)
+    learned = () if train_on == "model" else ("--train-on", train_on)
+    say(f"next: {command('gemwright', 'tune', data, '--model', model, *row_length, *learned, '--out', 'runs/mine')}")
+
+
+def _kept(clear: bool, as_json: bool) -> None:
+    from gemwright.prepare_data import cleared, listed, shown_list
+
+    if clear:
+        row = cleared()
+        print(json.dumps(row) if as_json else f"{row['folder']}: {size(row['freed_bytes'])} freed", flush=True)
+    else:
+        rows = listed()
+        print(json.dumps({"stores": rows}, ensure_ascii=False) if as_json else shown_list(rows), flush=True)
+    say(f"next: {command('gemwright', 'data', 'prepare', 'YOUR.jsonl', '--model', '270m')}")
+
+
+def _has_colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _bar(progress: Progressing, phase: str) -> Callable[[float, str], None]:

@@ -15,6 +15,7 @@ from gemwright.spec import BOS, END_OF_TURN, EOS, START_OF_TURN
 
 Encode = Callable[[str], list[int]]
 TrainOn = Literal["all", "model", "last"]
+TEMPLATE: Final = "gemma3/1"  # another for every change of the ids or labels that a conversation has
 MODEL_ROLES: Final = ("model", "assistant")
 PLAIN_ROLES: Final = ("document", "passage")
 

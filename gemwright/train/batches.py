@@ -1,34 +1,28 @@
-"""From conversations to packed rows of tokens, in an order that is a pure function of seed, epoch and position."""
+"""From examples to packed rows of tokens, in an order that is a pure function of seed, epoch and position."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gemwright.data.read import read_examples
-from gemwright.errors import GemwrightError, InputError
+from gemwright.data.store import Encoded as Encoded
 from gemwright.kernels.attend import Attention
 from gemwright.kernels.heads import Table
 from gemwright.layout import LABEL_STEP, ROW_STEP, label_step, rounded
 from gemwright.model.decoder import plan_attention, rope_tables
 from gemwright.spec import PAD, ModelSpec
-from gemwright.text.chat import Message, TrainOn, encode_example
 
 CPU = torch.device("cpu")
 OPEN_ROWS = 32
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example: token ids, and for each whether it is a target."""
-
-    ids: list[int]
-    labelled: list[bool]
+_YOUNGEST = (1 << 40) - 1
 
 
 @dataclass(frozen=True)
@@ -49,52 +43,100 @@ class Row:
     labelled: int
 
 
-def encode_file(path: Path, encode: Callable[[str], list[int]], train_on: TrainOn, seq: int) -> list[Encoded]:
-    """All examples of a file as ids; InputError with the line where one cannot be used or is longer than `seq`."""
-    encoded, longest, where = [], 0, 0
-    for example in read_examples(path):
-        messages = [Message(turn["role"], turn["content"]) for turn in example.messages]
-        try:
-            ids, labelled = encode_example(messages, encode, train_on)
-        except GemwrightError as error:
-            raise InputError(error.what, where=f"{path}:{example.line}", fix=error.fix) from error
-        if len(ids) > longest:
-            longest, where = len(ids), example.line
-        encoded.append(Encoded(ids, labelled))
-    if longest > seq:
-        long = sum(len(e.ids) > seq for e in encoded)
-        raise InputError(
-            f"{long} of {len(encoded)} examples are longer than {seq} tokens, the longest has {longest}",
-            where=f"{path}:{where}",
-            fix=f"Use --seq {longest} or shorten them.",
-        )
-    return encoded
+class Rows(Sequence[list[int]]):
+    """Rows of example indices, all in two arrays."""
+
+    def __init__(self, indices: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        self._indices, self._ends = indices, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        members: list[int] = self._indices[self._ends[at - 1] if at else 0 : self._ends[at]].tolist()
+        return members
+
+
+def rows_of(
+    examples: Sequence[Encoded], seq: int, rows_per_step: int, seed: int, epoch: int, packing: bool = True
+) -> Rows:
+    """The rows of one epoch in their order, a pure function of the arguments; of the examples only lengths count."""
+    return pack(examples, seq, seed, epoch) if packing else bucket(examples, rows_per_step, seed, epoch)
+
+
+def pack(examples: Sequence[Encoded], seq: int, seed: int, epoch: int) -> Rows:
+    """Shuffled, then each put into the fullest open row that still holds it, the oldest of equals (best fit).
+
+    Where a new row is needed and OPEN_ROWS are open, the fullest is closed.
+    """
+    lengths = lengths_of(examples)
+    order = _shuffled(len(lengths), _generator(seed, epoch))
+    opened_by, places = [], np.empty(len(order), np.int64)  # the row of each in `order`, each row's place
+    # An open row is one number: its tokens, and below them what is larger the older it is.
+    rows: list[int] = []
+    opened = closed = 0
+    for size in lengths[order].tolist():
+        at = bisect_right(rows, (seq - size) << 40 | _YOUNGEST)
+        if at:
+            row = rows.pop(at - 1)
+        else:
+            if len(rows) == OPEN_ROWS:
+                places[_YOUNGEST - (rows.pop() & _YOUNGEST)] = closed
+                closed += 1
+            row = _YOUNGEST - opened
+            opened += 1
+        insort(rows, row + (size << 40))
+        opened_by.append(_YOUNGEST - (row & _YOUNGEST))
+    for row in reversed(rows):
+        places[_YOUNGEST - (row & _YOUNGEST)] = closed
+        closed += 1
+    placed = places[np.array(opened_by, np.int64)]
+    return Rows(order[np.argsort(placed, kind="stable")], np.cumsum(np.bincount(placed, minlength=closed)))
+
+
+def bucket(examples: Sequence[Encoded], rows_per_step: int, seed: int, epoch: int) -> Rows:
+    """One example a row, a step of like lengths, the steps shuffled; last is what makes no whole step."""
+    lengths = lengths_of(examples)
+    generator = _generator(seed, epoch)
+    order = _shuffled(len(lengths), generator)
+    whole = order[: len(order) // rows_per_step * rows_per_step]
+    by_step = whole[np.argsort(lengths[whole], kind="stable")].reshape(-1, rows_per_step)
+    by_step = by_step[_shuffled(len(by_step), generator)]
+    return Rows(np.concatenate([by_step.ravel(), order[len(whole) :]]), np.arange(1, len(order) + 1))
+
+
+def targets_of(examples: Sequence[Encoded]) -> NDArray[np.uint32]:
+    """[examples] Targets of each, which a store counts (`targets`) as a whole."""
+    known: NDArray[np.uint32] | None = getattr(examples, "targets", None)
+    return np.array([sum(example.labelled) for example in examples], np.uint32) if known is None else known
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+def _shuffled(count: int, generator: torch.Generator) -> NDArray[np.int64]:
+    order: NDArray[np.int64] = torch.randperm(count, generator=generator).numpy()
+    return order
+
+
+def lengths_of(examples: Sequence[Encoded]) -> NDArray[np.uint32]:
+    """[examples] Tokens of each, which a store knows (`lengths`) without reading them."""
+    known: NDArray[np.uint32] | None = getattr(examples, "lengths", None)
+    return np.array([len(example.ids) for example in examples], np.uint32) if known is None else known
 
 
 def labelled_shares(examples: Sequence[Encoded]) -> tuple[float, float]:
     """Of all tokens the share that are targets, and the most that any example has, and so any row of them."""
-    counts = [(len(example.ids), sum(example.labelled)) for example in examples]
-    return sum(n for _, n in counts) / sum(n for n, _ in counts), max(labelled / n for n, labelled in counts)
-
-
-def pack(examples: Sequence[Encoded], seq: int, seed: int, epoch: int) -> list[list[int]]:
-    """Rows of example indices for one epoch: shuffled, then each put into the fullest open row that still holds it."""
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, list[int]]] = []  # (tokens, indices)
-    for index in order:
-        size = len(examples[index].ids)
-        fitting = [i for i, (used, _) in enumerate(open_rows) if used + size <= seq]
-        if fitting:
-            best = max(fitting, key=lambda i: open_rows[i][0])
-            used, members = open_rows[best]
-            open_rows[best] = (used + size, [*members, index])
-        else:
-            if len(open_rows) == OPEN_ROWS:
-                fullest = max(range(OPEN_ROWS), key=lambda i: open_rows[i][0])
-                rows.append(open_rows.pop(fullest)[1])
-            open_rows.append((size, [index]))
-    return rows + [members for _, members in sorted(open_rows, key=lambda row: -row[0])]
+    lengths, targets = lengths_of(examples), targets_of(examples)
+    return float(targets.sum() / lengths.sum()), float((targets / lengths).max())
 
 
 def make_row(
@@ -134,7 +176,7 @@ def make_row(
 
 
 def steps(
-    examples: Sequence[Encoded], seq: int, rows_per_step: int, seed: int, first: int = 0
+    examples: Sequence[Encoded], seq: int, rows_per_step: int, seed: int, first: int = 0, packing: bool = True
 ) -> Iterator[tuple[float, list[list[Encoded]]]]:
     """Endless steps of up to `rows_per_step` rows of documents, from step `first` on, each with the epochs passed then.
 
@@ -142,7 +184,7 @@ def steps(
     """
     passed_steps, epoch = 0, 0
     while True:
-        rows = pack(examples, seq, seed, epoch)
+        rows = rows_of(examples, seq, rows_per_step, seed, epoch, packing)
         for start in range(0, len(rows), rows_per_step):
             if passed_steps >= first:
                 chosen = rows[start : start + rows_per_step]

@@ -17,12 +17,12 @@ class TrainConfig(BaseModel):
     """Settings of one supervised fine-tune with LoRA; InputError names the first that is impossible.
 
     `seq` is the most tokens of a packed row (a micro-batch); a step passes `tokens_per_step // seq` rows. `alpha` None
-    means `rank`. `lr` rises linearly over `warmup` (a share of all steps), then follows `schedule`. After `patience`
-    updates in a row whose loss or gradient is not finite the run stops. `compute` "fp8" is for the products of the
-    frozen weights alone. `graphs` allows steps to be replayed as CUDA graphs where that is faster.
-    A checkpoint is written every `save_every` steps (None: by time). Every `eval_every` steps (None: at each epoch's
-    end) the loss on `validation` or on `holdout` examples is measured, and after `stop_after` of them without a gain
-    the run ends. `until` (HH:MM) and `max_hours` bound this process's work.
+    means `rank`. Without `packing` a row holds one example. `lr` rises linearly over `warmup` (a share of all steps),
+    then follows `schedule`. After `patience` updates in a row whose loss or gradient is not finite the run stops.
+    `compute` "fp8" is for the products of the frozen weights alone. `graphs` allows steps to be replayed as CUDA graphs
+    where that is faster. A checkpoint is written every `save_every` steps (None: by time). Every `eval_every` steps
+    (None: at each epoch's end) the loss on `validation` or on `holdout` examples is measured, and after `stop_after` of
+    them without a gain the run ends. `until` (HH:MM) and `max_hours` bound this process's work.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +47,7 @@ class TrainConfig(BaseModel):
     seq: int = Field(1024, ge=16)
     tokens_per_step: int = Field(1024, ge=16)
     train_on: Literal["all", "model", "last"] = "model"
+    packing: bool = True
     seed: int = Field(0, ge=0, lt=2**31)
     precision: str = "auto"
     compute: Literal["bf16", "fp8"] = "bf16"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from gemwright.model.lora import check_targets
 from gemwright.model.precision import choose_dtype
 from gemwright.report import say
 from gemwright.text.tokenizer import Tokenizer
-from gemwright.train.batches import Encoded, encode_file
+from gemwright.train.batches import Encoded
 from gemwright.train.config import TrainConfig
+from gemwright.train.prepare import prepare, spoken
 from gemwright.train.setup import check_compute, check_placing, choose_device
 from gemwright.train.validate import hold_out
 from gemwright.weights.digest import sha256_file
@@ -65,10 +66,11 @@ def read_inputs(config: TrainConfig) -> Inputs:
     check_targets(file.spec, config.rank, config.targets)
     encode = Tokenizer.from_model(file).encode
     validation: Sequence[Encoded] | None = None
-    examples: Sequence[Encoded] = encode_file(config.data, encode, config.train_on, config.seq)
+    prepared = partial(prepare, encode=encode, train_on=config.train_on, seq=config.seq, workers=config.threads)
+    stores = [prepared(name, on_progress=spoken(say)).examples for name in (config.data, config.validation) if name]
+    examples: Sequence[Encoded] = stores[0]
     if config.validation:
-        validation = encode_file(config.validation, encode, config.train_on, config.seq)
-    digest = _tokens_digest([examples, *([validation] if validation else [])])
+        validation = stores[1]
     if config.holdout:
         examples, validation = hold_out(examples, config.holdout, config.seed)
     record = config.model_dump(mode="json") | {
@@ -84,7 +86,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
         "base": {"path": str(file.path.absolute()), "size": file.spec.name, "type": file.quantization},
         "data_sha256": _file_digest(config.data),
         "validation_sha256": _file_digest(config.validation),
-        "tokens_sha256": digest,
+        "tokens_sha256": hashlib.sha256("".join(store.sha256 for store in stores).encode()).hexdigest(),
         "versions": {"gemwright": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": _machine(),
         "git": _git(),
@@ -163,14 +165,3 @@ def _file_digest(path: Path | None) -> str | None:
 def _place(model: str | Path) -> str:
     """A model's path from everywhere, or its name."""
     return str(Path(model).absolute()) if Path(model).exists() else str(model)
-
-
-def _tokens_digest(parts: Sequence[Sequence[Encoded]]) -> str:
-    """SHA-256 over all ids and labels: what the template and the tokenizer made of the files."""
-    sha = hashlib.sha256()
-    for part in parts:
-        for example in part:
-            sha.update(len(example.ids).to_bytes(8, "little"))
-            sha.update(array("i", example.ids).tobytes())
-            sha.update(bytes(example.labelled))
-    return sha.hexdigest()

@@ -18,7 +18,7 @@ from gemwright.errors import GemwrightError, MachineError, needed
 from gemwright.report import command, say
 from gemwright.runs import RunFolder
 from gemwright.train.background import in_background
-from gemwright.train.batches import Row, labelled_shares, pack, steps
+from gemwright.train.batches import Row, labelled_shares, rows_of, steps
 from gemwright.train.checkpoint import Checkpoint, Checkpoints, State, on_cpu
 from gemwright.train.config import TrainConfig
 from gemwright.train.inputs import Inputs, check_same, origin_of, read_inputs, say_versions, settings_of
@@ -154,8 +154,9 @@ class Training:
         self.optimizer = Optimizer(setup.lora, self.config.weight_decay, self.config.clip)
         self.checkpoints = Checkpoints(run.checkpoints, self.config.keep)
         self.state = State()
-        rows_an_epoch = len(pack(inputs.examples, self.config.seq, self.config.seed, 0))
-        planned = math.ceil(self.config.epochs * math.ceil(rows_an_epoch / self.config.rows_per_step))
+        config = self.config
+        first_epoch = rows_of(inputs.examples, config.seq, config.rows_per_step, config.seed, 0, config.packing)
+        planned = math.ceil(config.epochs * math.ceil(len(first_epoch) / config.rows_per_step))
         self.total = self.config.max_steps or planned
         self.after_step: list[Callable[[dict[str, Any]], None]] = []
         self.after_evaluation: list[Callable[[dict[str, Any]], None]] = []
@@ -196,7 +197,7 @@ class Training:
         config, setup, state = self.config, self.setup, self.state
         todo = max(0, self.total - state.step)
         batches = itertools.islice(
-            steps(self.inputs.examples, config.seq, config.rows_per_step, config.seed, state.step), todo
+            steps(self.inputs.examples, config.seq, config.rows_per_step, config.seed, state.step, config.packing), todo
         )
         epoch, packed = next(batches, (state.epoch, []))
         rows = setup.rows(packed)

@@ -149,7 +149,7 @@ def job_of(config: TrainConfig, file: ModelFile, labelled: tuple[float, float] =
         ordered_on=torch.cuda.get_device_properties(0).multi_processor_count if config.deterministic else 0,
         dora=config.dora,
         fp8=config.compute == "fp8",
-        graphs=config.graphs and not (config.dropout or config.dora or config.deterministic),
+        graphs=config.graphs and config.packing and not (config.dropout or config.dora or config.deterministic),
     )
 
 

@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gemwright.errors import InputError
-from gemwright.train.batches import Encoded, pack
+from gemwright.train.batches import Encoded, lengths_of, pack, targets_of
 from gemwright.train.setup import Setup
 from gemwright.train.step import forward_loss
 
@@ -48,6 +51,16 @@ class Chosen(Sequence[Encoded]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def lengths(self) -> NDArray[np.uint32]:
+        """[examples] Tokens of each."""
+        return lengths_of(self._examples)[np.asarray(self._indices, np.int64)]
+
+    @property
+    def targets(self) -> NDArray[np.uint32]:
+        """[examples] Targets of each."""
+        return targets_of(self._examples)[np.asarray(self._indices, np.int64)]
 
     @overload
     def __getitem__(self, at: int) -> Encoded: ...

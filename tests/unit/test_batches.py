@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemwright.errors import InputError
 from gemwright.layout import LABEL_STEP, ROW_STEP
 from gemwright.model.decoder import rope_tables
 from gemwright.spec import BOS, PAD, SPECS
-from gemwright.train.batches import IGNORED, Encoded, encode_file, make_row, pack, steps
+from gemwright.train.batches import IGNORED, OPEN_ROWS, Encoded, bucket, make_row, pack, steps
 
 SPEC = SPECS["270m"]
 SEQ = 60
@@ -33,12 +29,40 @@ def test_every_example_once_in_rows_that_fit(lengths: list[int], seed: int, epoc
     rows = pack(examples(lengths), SEQ, seed, epoch)
     assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
     assert all(row and sum(lengths[i] for i in row) <= SEQ for row in rows)
-    assert rows == pack(examples(lengths), SEQ, seed, epoch)
+    assert [*rows] == [*pack(examples(lengths), SEQ, seed, epoch)]
+
+
+def best_fit(lengths: list[int], seq: int, seed: int, epoch: int) -> list[list[int]]:
+    """The rule in its plainest words."""
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    closed: list[list[int]] = []
+    opened: list[list[int]] = []
+
+    def used(row: list[int]) -> int:
+        return sum(lengths[i] for i in row)
+
+    for index in order:
+        fitting = [row for row in opened if used(row) + lengths[index] <= seq]
+        if fitting:
+            max(fitting, key=used).append(index)
+            continue
+        if len(opened) == OPEN_ROWS:
+            fullest = max(opened, key=used)
+            opened.remove(fullest)
+            closed.append(fullest)
+        opened.append([index])
+    return closed + sorted(opened, key=used, reverse=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, SEQ), max_size=300), st.integers(0, 99), st.integers(0, 3))
+def test_packing_is_best_fit(lengths: list[int], seed: int, epoch: int) -> None:
+    assert [*pack(examples(lengths), SEQ, seed, epoch)] == best_fit(lengths, SEQ, seed, epoch)
 
 
 def test_another_seed_or_epoch_is_another_order() -> None:
     made = examples([7] * 100)
-    orders = [pack(made, SEQ, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [[*pack(made, SEQ, seed, epoch)] for seed in (0, 1) for epoch in (0, 1)]
     assert all(one != other for one, other in itertools.combinations(orders, 2))
 
 
@@ -47,6 +71,27 @@ def test_another_seed_or_epoch_is_another_order() -> None:
 def test_rows_are_nearly_full(lengths: list[int], seed: int) -> None:
     rows = pack(examples(lengths), 200, seed, 0)
     assert len(rows) <= 1.1 * sum(lengths) / 200 + 2
+
+
+@settings(deadline=None)
+@given(Lengths, st.integers(1, 9), st.integers(0, 99), st.integers(0, 3))
+def test_without_packing_steps_are_of_like_length(lengths: list[int], rows: int, seed: int, epoch: int) -> None:
+    order = [*bucket(examples(lengths), rows, seed, epoch)]
+    assert sorted(order) == [[i] for i in range(len(lengths))] and order == [
+        *bucket(examples(lengths), rows, seed, epoch)
+    ]
+    whole = len(lengths) // rows
+    spans = sorted(
+        (min(step), max(step))
+        for step in ([lengths[i] for [i] in order[s * rows : (s + 1) * rows]] for s in range(whole))
+    )
+    assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))
+
+
+def test_without_packing_short_and_long_steps_take_turns() -> None:
+    made = examples([*range(1, 65)] * 2)
+    first = [[len(made[row[0]].ids) for row in bucket(made, 4, seed, 0)][::4] for seed in (0, 1)]
+    assert first[0] != sorted(first[0]) and first[0] != first[1]
 
 
 @settings(deadline=None)
@@ -80,18 +125,18 @@ def test_positions_begin_anew_in_each_document() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(Lengths, st.integers(1, 5), st.integers(0, 40))
-def test_steps_go_on_from_anywhere(lengths: list[int], rows_per_step: int, first: int) -> None:
+@given(Lengths, st.integers(1, 5), st.integers(0, 9), st.integers(0, 40), st.booleans())
+def test_steps_go_on_from_anywhere(lengths: list[int], rows: int, seed: int, first: int, packing: bool) -> None:
     made = examples(lengths)
-    whole = itertools.islice(steps(made, SEQ, rows_per_step, 3), first, first + 5)
-    assert list(whole) == list(itertools.islice(steps(made, SEQ, rows_per_step, 3, first), 5))
+    whole = itertools.islice(steps(made, SEQ, rows, seed, packing=packing), first, first + 5)
+    assert list(whole) == list(itertools.islice(steps(made, SEQ, rows, seed, first, packing), 5))
 
 
 @settings(max_examples=30, deadline=None)
-@given(Lengths, st.integers(1, 5), st.integers(0, 99))
-def test_steps_go_through_whole_epochs(lengths: list[int], rows_per_step: int, seed: int) -> None:
+@given(Lengths, st.integers(1, 5), st.integers(0, 99), st.booleans())
+def test_steps_go_through_whole_epochs(lengths: list[int], rows_per_step: int, seed: int, packing: bool) -> None:
     made = [Encoded([BOS, 100 + i, *[7] * (n - 1)], [False] + [True] * n) for i, n in enumerate(lengths)]
-    stream = steps(made, SEQ + 1, rows_per_step, seed)
+    stream = steps(made, SEQ + 1, rows_per_step, seed, packing=packing)
     for epoch in (1, 2):
         seen: list[int] = []
         passed = 0.0
@@ -100,27 +145,3 @@ def test_steps_go_through_whole_epochs(lengths: list[int], rows_per_step: int, s
             assert 1 <= len(rows) <= rows_per_step and epoch - 1 < passed <= epoch
             seen += [int(i) - 100 for row in rows for document in row for i in document.ids if i >= 100]
         assert sorted(seen) == list(range(len(lengths)))
-
-
-def encode(text: str) -> list[int]:
-    return [10 + ord(c) for c in text]
-
-
-def data(path: Path, *answers: str) -> Path:
-    rows = [{"prompt": "say it", "completion": answer} for answer in answers]
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
-    return path
-
-
-def test_encodes_a_file(tmp_path: Path) -> None:
-    first, second = encode_file(data(tmp_path / "a.jsonl", "yes", "no"), encode, "model", 100)
-    assert first.ids[0] == BOS and len(first.ids) == len(first.labelled) == len(second.ids) + 1
-    assert sum(first.labelled) == len("yes") + 1 and first.labelled[-1]
-
-
-def test_an_example_too_long_is_named_by_its_line(tmp_path: Path) -> None:
-    path = data(tmp_path / "a.jsonl", "yes", "y" * 200, "no", "y" * 300)
-    longest = max(len(e.ids) for e in encode_file(path, encode, "model", 10_000))
-    with pytest.raises(InputError, match=rf"a\.jsonl:4: 2 of 4 examples are longer than 100.*--seq {longest}"):
-        encode_file(path, encode, "model", 100)
-    assert len(encode_file(path, encode, "model", longest)) == 4
