@@ -29,7 +29,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from multiprocessing.connection import Connection
@@ -37,7 +38,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-KIND_CHARACTERS, BATCH = 2_000_000, 256
+KIND_CHARACTERS = 2_000_000
 CONTESTANTS = ("gemwright", "transformers")
 
 
@@ -157,24 +158,24 @@ def contestant(name: str, model: Path, threads: int, end: Connection) -> None:
         ours(model, threads, end)
     else:
         theirs = transformers_tokenizer(model)
-        answer(end, lambda batches: [ids for batch in batches for ids in theirs(batch)])
+        answer(end, 256, lambda batches: [ids for batch in batches for ids in theirs(batch)])
 
 
 def ours(model: Path, threads: int, end: Connection) -> None:
     encoder = encoder_of(model)
     if threads == 1:
-        answer(end, lambda batches: [encoder(text) for batch in batches for text in batch])
+        answer(end, 256, lambda batches: [encoder(text) for batch in batches for text in batch])
         return
     with ProcessPoolExecutor(threads, multiprocessing.get_context("spawn"), begin, (encoder,)) as pool:
-        answer(end, lambda batches: [ids for batch in pool.map(in_worker, batches) for ids in batch])
+        answer(end, 32, lambda batches: [ids for batch in pool.map(in_worker, batches) for ids in batch])
 
 
-def answer(end: Connection, encode: Callable[[list[list[str]]], list[list[int]]]) -> None:
+def answer(end: Connection, size: int, encode: Callable[[list[list[str]]], list[Sequence[int]]]) -> None:
     while (asked := end.recv()) != "end":
-        batches = [asked[at : at + BATCH] for at in range(0, len(asked), BATCH)]
+        batches = [asked[at : at + size] for at in range(0, len(asked), size)]
         start = time.perf_counter()
         ids = encode(batches)
-        end.send((time.perf_counter() - start, ids))
+        end.send((time.perf_counter() - start, [list(each) for each in ids]))
 
 
 def begin(encoder: Callable[[str], list[int]]) -> None:
@@ -182,8 +183,9 @@ def begin(encoder: Callable[[str], list[int]]) -> None:
     _encoder = encoder
 
 
-def in_worker(batch: list[str]) -> list[list[int]]:
-    return [_encoder(text) for text in batch]
+def in_worker(batch: list[str]) -> list[array[int]]:
+    """Ids as the store has them: packed."""
+    return [array("I", _encoder(text)) for text in batch]
 
 
 def encoder_of(model: Path) -> Callable[[str], list[int]]:
