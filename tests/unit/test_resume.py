@@ -207,10 +207,11 @@ def test_other_data_are_refused(config: Config, data: Path, tmp_path: Path) -> N
 
 
 def test_another_template_is_refused(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemwright.train import batches
+    from gemwright.train import prepare, tokenise
 
-    whole = batches.encode_example
-    monkeypatch.setattr(batches, "encode_example", lambda *a: tuple(part[:-1] for part in whole(*a)))
+    whole = tokenise.encode_example
+    monkeypatch.setattr(prepare, "TEMPLATE", "another")
+    monkeypatch.setattr(tokenise, "encode_example", lambda *a: tuple(part[:-1] for part in whole(*a)))
     with pytest.raises(InputError, match="the chat template or the tokenizer gives other tokens"):
         resume(stopped)
 
