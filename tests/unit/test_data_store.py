@@ -49,6 +49,11 @@ def test_what_is_written_comes_back(place: Path, examples: list[Encoded], batch:
         stored[len(examples)]
 
 
+def test_targets_of_many_examples_are_counted(place: Path) -> None:
+    examples = [Encoded([7] * (i % 4), [j == i % 3 for j in range(i % 4)]) for i in range(2500)]
+    assert write(place / "g", examples, 100).targets.tolist() == [sum(e.labelled) for e in examples]
+
+
 def test_examples_are_read_when_asked_for(place: Path) -> None:
     stored = write(place / "b", [Encoded([7] * 1000, [True] * 1000)] * 50)
     assert isinstance(stored._words, np.memmap) and stored[49].ids == [7] * 1000
