@@ -229,6 +229,13 @@ def tune(
         int | None, typer.Option("--save-every", min=1, help="Steps from checkpoint to checkpoint (every 10 minutes).")
     ] = None,
     keep: Annotated[int | None, typer.Option("--keep", min=1, help="Checkpoints to keep besides the best (2).")] = None,
+    sample_prompts: Annotated[
+        Path | None, typer.Option("--sample-prompts", help="Prompts to continue at each measurement, one a line.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard.")] = False,
+    trackio: Annotated[
+        str | None, typer.Option("--trackio", help="Also log to this project of trackio, on this machine.")
+    ] = None,
     until: Annotated[str | None, typer.Option("--until", help="Stop at this time of day, e.g. 07:00.")] = None,
     max_hours: Annotated[float | None, typer.Option("--max-hours", help="Stop after so many hours.")] = None,
     seed: Seed = None,

@@ -1,8 +1,9 @@
-"""The command line's `runs`: go on with a fine-tune that was interrupted."""
+"""The command line's `runs`: look at fine-tunes, compare them, go on with one, remove one."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,9 @@ app = typer.Typer(
 
     \b
     Examples:
+      gemwright runs list
+      gemwright runs show runs/first
+      gemwright runs compare runs/first runs/second --out compare.png
       gemwright runs resume runs/first
     """,
 )
@@ -27,9 +31,122 @@ Run = Annotated[Path, typer.Argument(help="A run folder of 'gemwright tune'.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
-@app.callback()
-def options() -> None:
-    """Keeps `resume` a verb of its own."""
+@app.command("list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds runs.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """All runs of a folder, the newest first.
+
+    \b
+    Examples:
+      gemwright runs list
+      gemwright runs list ~/work/runs --json
+    """
+    from gemwright.run_records import find_runs, read_run
+    from gemwright.run_text import table
+
+    records = [read_run(path).record for path in find_runs(folder)]
+    records.sort(key=lambda one: one.begun or "", reverse=True)
+    if as_json:
+        print(json.dumps({"runs": [one.row() for one in records]}, ensure_ascii=False), flush=True)
+    elif records:
+        print("\n".join(table(records)), flush=True)
+    if records:
+        say(f"next: {command('gemwright', 'runs', 'show', records[0].path)}")
+    else:
+        say(f"{folder}: no runs yet")
+        say(f"next: {command('gemwright', 'tune', 'YOUR.jsonl', '--model', '270m', '--out', folder / 'first')}")
+
+
+@app.command()
+def show(run: Run, as_json: AsJson = False) -> None:
+    """All about one run: how it stands, its settings, data and machine, what it writes, what to do next.
+
+    \b
+    Examples:
+      gemwright runs show runs/first
+      gemwright runs show runs/first --json
+    """
+    from gemwright.run_records import plain, read_run
+    from gemwright.run_text import next_command, story
+
+    files = read_run(run)
+    if as_json:
+        parts = {"config": files.config, "about": files.about}
+        parts |= {"evaluations": files.evaluations, "samples": files.samples}
+        print(json.dumps(files.record.row() | plain(parts), ensure_ascii=False), flush=True)
+    else:
+        print("\n".join(story(files)), flush=True)
+    say(f"next: {next_command(files.record, files.config.get('model'))}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw their losses together into this PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Runs side by side: the settings that differ, then what came of each.
+
+    \b
+    Examples:
+      gemwright runs compare runs/first runs/second
+      gemwright runs compare runs/first runs/second runs/third --out compare.png --json
+    """
+    from gemwright.run_records import plain, read_run
+    from gemwright.run_text import differences, side_by_side
+
+    if len(runs) < 2:
+        raise typer.BadParameter("give two runs or more")
+    files = [read_run(path) for path in runs]
+    if out is not None:
+        from gemwright.train.plot import draw_losses
+
+        draw_losses({str(one.record.path): (one.metrics, one.evaluations) for one in files}, out)
+    if as_json:
+        answer = {"differences": plain(differences(files)), "runs": [one.record.row() for one in files]}
+        print(json.dumps(answer | {"plot": str(out) if out else None}, ensure_ascii=False), flush=True)
+    else:
+        print("\n".join(side_by_side(files)), flush=True)
+    plots = () if out else ("--out", "compare.png")
+    follow = ("show", runs[0]) if out else ("compare", *runs, *plots)
+    say(f"next: {command('gemwright', 'runs', *follow)}")
+
+
+@app.command()
+def delete(
+    run: Run,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Leave the adapter, and the record of where it came from.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a run, or all of it but its adapter. Says what goes, and asks.
+
+    \b
+    Examples:
+      gemwright runs delete runs/first
+      gemwright runs delete runs/first --keep-adapter --yes
+    """
+    from gemwright.run_records import delete as remove
+    from gemwright.run_records import disk_bytes, parts_to_delete
+
+    parts = parts_to_delete(run, keep_adapter)
+    freed = sum(disk_bytes(part) for part in parts)
+    what = ", ".join(str(part) for part in parts) or "nothing"
+    say(f"to be removed for good: {what} ({size(freed)}, {freed} bytes)")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("nobody is there to ask: give --yes to remove it")
+        if not typer.confirm("Remove it?", err=True):
+            say("nothing was removed")
+            return
+    remove(run, keep_adapter)
+    answer = {"run": str(run), "removed": [str(part) for part in parts], "bytes": freed}
+    print(json.dumps(answer, ensure_ascii=False) if as_json else f"{run}: removed {size(freed)}", flush=True)
+    say(f"next: {command('gemwright', 'runs', 'list', run.parent)}")
 
 
 @app.command()

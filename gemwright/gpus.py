@@ -50,6 +50,23 @@ def find_gpus(notes: list[str], root: Path = Path("/")) -> tuple[Gpu, ...]:
     return _nvidia(notes, root) + _amd(notes, root)
 
 
+def throttling() -> str | None:
+    """Why NVIDIA's cards hold their clocks back now (heat or power), or None where they do not or do not say."""
+    nvml = _quietly(_nvml)
+    if nvml is None or _quietly(lambda: nvml.nvmlInit() or True) is None:
+        return None
+    # Bits of NVML's clocks event reasons: hardware slowdown, software and hardware heat, power brake.
+    names = {0x8: "hardware slowdown", 0x20: "heat", 0x40: "heat", 0x80: "power supply"}
+    for index in range(_quietly(nvml.nvmlDeviceGetCount) or 0):
+        bits = _quietly(
+            lambda i=index: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(nvml.nvmlDeviceGetHandleByIndex(i))
+        )
+        for bit, name in names.items():
+            if isinstance(bits, int) and bits & bit:
+                return name
+    return None
+
+
 def _nvml() -> ModuleType:
     """The one import of nvidia-ml-py."""
     import pynvml

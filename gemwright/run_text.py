@@ -56,7 +56,7 @@ def story(run: RunFiles) -> list[str]:
         ("settings", _settings(config)),
         ("plan", _plan(config.get("plan"))),
         ("begun", _begun(one, run.about)),
-        ("machine", _words(session.get("machine"))),
+        ("machine", _machine(session.get("machine"))),
         ("versions", _words(session.get("versions"))),
         ("git", _git(session.get("git"))),
         ("command", session.get("command") or NOTHING),
@@ -186,6 +186,15 @@ def _words(facts: Any) -> str:
     if not isinstance(facts, dict):
         return NOTHING
     return ", ".join(f"{name} {_value(value)}" for name, value in facts.items() if value is not None) or NOTHING
+
+
+def _machine(facts: Any) -> str:
+    if not isinstance(facts, dict):
+        return NOTHING
+    cards = [str(card.get("name")) for card in facts.get("gpus") or [] if isinstance(card, dict)]
+    ram = facts.get("ram_bytes")
+    parts = [*cards, facts.get("cpu"), f"{facts.get('cores')} cores", f"{size(ram)} of RAM" if ram else None]
+    return ", ".join(str(part) for part in [*parts, facts.get("os")] if part)
 
 
 def _git(state: Any) -> str:

@@ -84,7 +84,7 @@ class Lines:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append `row`; says aloud, once, where the disk refuses, and keeps it until there is room."""
-        self._waiting.append(json.dumps(row) + "\n")
+        self._waiting.append(json.dumps(row, ensure_ascii=False) + "\n")
         try:
             self._write()
         except OSError as error:
@@ -118,7 +118,7 @@ class Lines:
     def trim(self, step: int) -> None:
         """Drop the rows after `step`."""
         if self.path.is_file():
-            kept = [json.dumps(row) + "\n" for row in self.rows() if row.get("step", 0) <= step]
+            kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row.get("step", 0) <= step]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")
 
@@ -220,8 +220,10 @@ class RunFolder:
             return False
         try:
             self._lock.acquire(blocking=False)
-        except (Timeout, OSError):
+        except Timeout:
             return True
+        except (OSError, NotImplementedError):  # a medium that nobody writes, so nobody works here
+            return False
         self._lock.release()
         return False
 
@@ -252,8 +254,8 @@ class RunFolder:
 
     @property
     def plot(self) -> Path:
-        """The loss curve."""
-        return self.path / "loss.png"
+        """Loss, speed, learning rate and memory over the steps."""
+        return self.path / "plot.png"
 
     def config(self) -> dict[str, Any]:
         """What the run was started with; InputError where the file is damaged."""

@@ -19,12 +19,13 @@ from gemwright import __version__
 from gemwright.errors import GemwrightError
 from gemwright.machine import inspect
 from gemwright.report import command, say
+from gemwright.run_records import read_run
 from gemwright.runs import RunFolder, write_json
 
 GIT_S = 2.0
 _PACKAGES = ("torch", "numpy", "gguf", "xllamacpp", "safetensors", "pydantic", "triton")
 # Names of settings, and shapes of values, that are nobody's business.
-_SECRET_NAME = re.compile(r"--[\w-]*(token|key|secret|password)[\w-]*", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"--[\w-]*(token|key|secret|password)", re.IGNORECASE)
 _SECRET = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA|AIza|xox[bap]-)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
 
 
@@ -118,6 +119,5 @@ def _machine() -> dict[str, Any]:
 
 def _known(run: RunFolder) -> dict[str, Any]:
     """What earlier processes noted; nothing where the file is damaged."""
-    from gemwright.run_records import read_run
-
-    return read_run(run.path).about
+    about = read_run(run.path).about
+    return about if isinstance(about.get("sessions", []), list) else {}

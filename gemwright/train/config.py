@@ -22,7 +22,9 @@ class TrainConfig(BaseModel):
     `compute` "fp8" is for the products of the frozen weights alone. `graphs` allows steps to be replayed as CUDA graphs
     where that is faster. A checkpoint is written every `save_every` steps (None: by time). Every `eval_every` steps
     (None: at each epoch's end) the loss on `validation` or on `holdout` examples is measured, and after `stop_after` of
-    them without a gain the run ends. `until` (HH:MM) and `max_hours` bound this process's work.
+    them without a gain the run ends. `until` (HH:MM) and `max_hours` bound this process's work. At each evaluation the
+    model continues `sample_prompts` (a file of one a line; None: prompts of the data). `trackio` is the project to log
+    to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +69,9 @@ class TrainConfig(BaseModel):
     stop_after: int | None = Field(None, ge=1)
     until: str | None = None
     max_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+    sample_prompts: Path | None = None
+    tensorboard: bool = False
+    trackio: str | None = Field(None, min_length=1)
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -82,7 +87,7 @@ class TrainConfig(BaseModel):
             raise InputError("fp8 products have bf16 around them", where="--compute", fix="Leave --precision out.")
         if self.validation and self.holdout:
             raise InputError("two validation sets", where="--holdout", fix="Give one of the two.")
-        for name in ("eval_every", "stop_after"):
+        for name in ("eval_every", "stop_after", "sample_prompts"):
             if getattr(self, name) and not self.evaluates:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError("there is nothing to evaluate on", where=flag, fix="Give --validation or --holdout.")

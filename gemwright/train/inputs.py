@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import torch
 
 from gemwright import __version__
 from gemwright.errors import InputError
-from gemwright.machine import inspect
 from gemwright.model.lora import check_targets
 from gemwright.model.precision import choose_dtype
 from gemwright.report import say
@@ -24,15 +21,18 @@ from gemwright.text.tokenizer import Tokenizer
 from gemwright.train.batches import Encoded
 from gemwright.train.config import TrainConfig
 from gemwright.train.prepare import prepare, spoken
+from gemwright.train.samples import Prompt, read_prompts
 from gemwright.train.setup import check_compute, check_placing, choose_device
 from gemwright.train.validate import hold_out
+from gemwright.train.writers import check_installed
 from gemwright.weights.digest import sha256_file
 from gemwright.weights.model_file import ModelFile, open_model
 from gemwright.weights.pull import resolve_model
 
 # Settings that say where and how long the work is done, and change no result.
 _FREE = {"data", "model", "out", "validation", "threads", "recompute", "vram", "residency", "source"}
-_FREE |= {"save_every", "keep", "until", "max_hours", "precision"}  # the dtype that came of it is in `compute`
+_FREE |= {"save_every", "keep", "until", "max_hours", "sample_prompts", "tensorboard", "trackio"}
+_FREE |= {"precision"}  # the dtype that came of it is in `compute`
 _DIGESTS = ("base_sha256", "data_sha256", "validation_sha256", "tokens_sha256")
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 
@@ -48,10 +48,12 @@ class Inputs:
     examples: Sequence[Encoded]
     validation: Sequence[Encoded] | None
     record: dict[str, Any]
+    prompts: list[Prompt] | None = None
 
 
 def read_inputs(config: TrainConfig) -> Inputs:
     """Open, read and check all that `config` names. Raises InputError; nothing is written."""
+    check_installed(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -65,6 +67,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
         )
     check_targets(file.spec, config.rank, config.targets)
     encode = Tokenizer.from_model(file).encode
+    prompts = read_prompts(config.sample_prompts, encode, config.seq) if config.sample_prompts else None
     validation: Sequence[Encoded] | None = None
     prepared = partial(prepare, encode=encode, train_on=config.train_on, seq=config.seq, workers=config.threads)
     stores = [prepared(name, on_progress=spoken(say)).examples for name in (config.data, config.validation) if name]
@@ -77,6 +80,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
         "data": str(config.data.absolute()),
         "model": _place(config.model),
         "validation": None if config.validation is None else str(config.validation.absolute()),
+        "sample_prompts": None if config.sample_prompts is None else str(config.sample_prompts.absolute()),
         "alpha": config.scaled_alpha,
         "compute": "fp8" if config.compute == "fp8" else str(dtype).removeprefix("torch."),
         "device": device.type,
@@ -88,11 +92,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
         "validation_sha256": _file_digest(config.validation),
         "tokens_sha256": hashlib.sha256("".join(store.sha256 for store in stores).encode()).hexdigest(),
         "versions": {"gemwright": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": _machine(),
-        "git": _git(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return Inputs(config, file, device, dtype, examples, validation, record)
+    return Inputs(config, file, device, dtype, examples, validation, record, prompts)
 
 
 def settings_of(record: Mapping[str, Any], out: Path, **limits: Any) -> TrainConfig:
@@ -135,26 +136,6 @@ def say_versions(record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after.get(name)]
     if changed:
         say(f"other versions than at the start ({', '.join(changed)}): results may differ in their last bits")
-
-
-def _machine() -> dict[str, Any]:
-    found = inspect()
-    gpus = [{"name": gpu.name, "bytes": gpu.memory_total_bytes} for gpu in found.gpus]
-    return {"os": found.os, "cpu": found.cpu.name, "threads": found.cpu.threads, "ram_bytes": found.ram_total_bytes} | {
-        "gpus": gpus
-    }
-
-
-def _git() -> dict[str, Any] | None:
-    """The commit of the folder that the command was given in, and whether files differ from it; None outside of one."""
-    try:
-        commit, changed = (
-            subprocess.run(["git", *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "changed": bool(changed)}
 
 
 def _file_digest(path: Path | None) -> str | None:

@@ -24,7 +24,7 @@ from gemwright.train.config import TrainConfig
 from gemwright.train.inputs import Inputs, check_same, origin_of, read_inputs, say_versions, settings_of
 from gemwright.train.memory import peak_rss_bytes, rss_bytes
 from gemwright.train.optimizer import Optimizer, learning_rate
-from gemwright.train.plot import plot_loss
+from gemwright.train.observers import Observers
 from gemwright.train.results import Ending, Progress, TuneResult, compare_peak, remember_run, save_adapter
 from gemwright.train.setup import Setup, arrangement_of, set_up, shrink, use_expandable_segments
 from gemwright.train.step import StepLoss
@@ -95,8 +95,7 @@ def resume(
             check_same(checkpoint.origin, now, inputs.record)
         step = checkpoint.state.step if checkpoint else 0
         run.go_back_to(step)
-        again = [*record.get("resumed", []), {"step": step, "at": inputs.record["started"]}]
-        run.amend({"base": inputs.record["base"], "resumed": again})
+        run.amend({"base": inputs.record["base"]})
         use_expandable_segments()
         with _set_up(inputs, checkpoint) as setup:
             training = Training(inputs, setup, run, report, stop, lambda: now)
@@ -136,8 +135,7 @@ def _add_base_digest(run: RunFolder, inputs: Inputs) -> dict[str, Any]:
 class Training:
     """A fine-tune at work. `state`, adapter and optimizer are what a checkpoint holds; the rest can be made again.
 
-    `origin` waits until what the run was started from is known. Each of `after_step` and `after_evaluation` is called
-    with the row that was logged.
+    `origin` waits until what the run was started from is known.
     """
 
     def __init__(
@@ -158,12 +156,11 @@ class Training:
         first_epoch = rows_of(inputs.examples, config.seq, config.rows_per_step, config.seed, 0, config.packing)
         planned = math.ceil(config.epochs * math.ceil(len(first_epoch) / config.rows_per_step))
         self.total = self.config.max_steps or planned
-        self.after_step: list[Callable[[dict[str, Any]], None]] = []
-        self.after_evaluation: list[Callable[[dict[str, Any]], None]] = []
         self._at = Progress("training", 0, self.total, math.nan, 0.0, 0.0, 0.0, rss_bytes())
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._begun_s = self._saved_at_s = time.monotonic()
         self._saved_step, self._save_s, self._was_shrunk = 0, 0.0, False
+        self._observers: Observers | None = None
 
     def go_on_from(self, checkpoint: Checkpoint) -> None:
         """Be where `checkpoint` was written."""
@@ -178,7 +175,11 @@ class Training:
         """Train to the end, or until stopped, and write what came of it."""
         try:
             with self.stop:
-                return self._finish(self._until_ended())
+                self._observers = Observers(self.inputs, self.setup, self.folder, self.state.step, self.total)
+                try:
+                    return self._finish(self._until_ended())
+                finally:
+                    self._observers.close()
         except Exception as error:
             self._fail(error)
             raise
@@ -249,8 +250,7 @@ class Training:
         row |= {"checkpoint_s": self._save_s, "skipped": self.optimizer.skipped_in_a_row > 0}
         self._save_s = 0.0
         self.folder.log(row)
-        for look in self.after_step:
-            look(row)
+        needed(self._observers).after_step(row)
         eta_s = (self.total - state.step) * sum(s for _, s in recent) / len(recent)
         self._at = Progress(
             "training",
@@ -313,8 +313,7 @@ class Training:
         row |= {"seconds": found.seconds, "best": is_best}
         self.folder.evaluations_log.add(row)
         say(f"step {state.step}: validation loss {found.loss:.4f}{' (best so far)' if is_best else ''}")
-        for look in self.after_evaluation:
-            look(row)
+        needed(self._observers).after_evaluation(row)
         return is_best
 
     def _save(self) -> None:
@@ -361,7 +360,6 @@ class Training:
         run.flush()
         self._origin()
         run.amend({"base": self.inputs.record["base"]})
-        plot_loss(run.metrics(), run.plot)
         if ended.state == "failed":
             raise self._failure(ended, "what was trained until then is saved")
         remember_run(self.setup, self.inputs.file, [seconds for _, seconds in self._recent])

@@ -117,8 +117,11 @@ def forward_backward(
 
 
 @torch.inference_mode()
-def forward_loss(model: Gemma, rows: Sequence[Row], work: Work = DEFAULT) -> StepLoss:
-    """The loss of the labelled tokens of `rows`, which pass each layer together; no dropout, and nothing is kept."""
+def forward_states(model: Gemma, rows: Sequence[Row], work: Work = DEFAULT) -> list[Tensor]:
+    """For each of `rows` the states [M, D] before the final norm at its `at`; no dropout, and nothing is kept.
+
+    The rows pass each layer together.
+    """
     spec, residency, lora = model.spec, model.residency, model.lora
     dropout = 0.0 if lora is None else lora.dropout
     states = [residency.embed(row.ids) for row in rows]
@@ -136,12 +139,17 @@ def forward_loss(model: Gemma, rows: Sequence[Row], work: Work = DEFAULT) -> Ste
     finally:
         if lora is not None:
             lora.dropout = dropout
+    return [x if _few(row) else x.index_select(0, row.at) for x, row in zip(states, rows, strict=True)]
+
+
+@torch.inference_mode()
+def forward_loss(model: Gemma, rows: Sequence[Row], work: Work = DEFAULT) -> StepLoss:
+    """The loss of the labelled tokens of `rows`; see `forward_states`."""
+    spec, residency = model.spec, model.residency
+    states = forward_states(model, rows, work)
     nll = torch.zeros((), device=states[0].device)
     for x, row in zip(states, rows, strict=True):
-        wanted_x = x if _few(row) else x.index_select(0, row.at)
-        for part, target in zip(
-            torch.split(wanted_x, work.positions), torch.split(row.targets, work.positions), strict=True
-        ):
+        for part, target in zip(torch.split(x, work.positions), torch.split(row.targets, work.positions), strict=True):
             h, _ = rms_norm(part, residency.final_norm, spec.norm_eps)
             each, _ = linear_cross_entropy(
                 h,

@@ -76,7 +76,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(run: Tune, tiny_model: Path, tm
         "adapter.gguf",
         "config.json",
         "lock",
-        "loss.png",
+        "plot.png",
         "metrics.jsonl",
         "summary.json",
     ]
@@ -90,7 +90,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(run: Tune, tiny_model: Path, tm
     assert rows[0]["loss"] == result.loss_first and not any(row["skipped"] for row in rows)
     assert all(0 < row["labelled"] < row["tokens"] <= 128 and row["grad_norm"] > 0 for row in rows)
     assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows)
-    assert (result.run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (result.run / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     spec = open_model(tiny_model).spec
     peft, pairs = (adapter := read_peft_adapter(result.adapter, spec)).config, adapter.pairs
@@ -232,7 +232,7 @@ def test_ctrl_c_saves_what_is_trained(run: Tune, tmp_path: Path, interrupt_at: I
     summary = RunFolder.open(stopped.run).summary()
     assert summary is not None and (summary["state"], summary["reason"]) == ("stopped", "Ctrl-C")
     assert (
-        stopped.adapter.is_dir() and (stopped.run / "adapter.gguf").is_file() and (stopped.run / "loss.png").is_file()
+        stopped.adapter.is_dir() and (stopped.run / "adapter.gguf").is_file() and (stopped.run / "plot.png").is_file()
     )
     assert not RunFolder.open(stopped.run).is_at_work()
     whole = run(out=tmp_path / "whole", max_steps=9)
