@@ -73,7 +73,7 @@ def show(run: Run, as_json: AsJson = False) -> None:
 
     files = read_run(run)
     if as_json:
-        parts = {"config": files.config, "about": files.about}
+        parts: dict[str, object] = {"config": files.config, "about": files.about}
         parts |= {"evaluations": files.evaluations, "samples": files.samples}
         print(json.dumps(files.record.row() | plain(parts), ensure_ascii=False), flush=True)
     else:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -58,13 +59,15 @@ def throttling() -> str | None:
     # Bits of NVML's clocks event reasons: hardware slowdown, software and hardware heat, power brake.
     names = {0x8: "hardware slowdown", 0x20: "heat", 0x40: "heat", 0x80: "power supply"}
     for index in range(_quietly(nvml.nvmlDeviceGetCount) or 0):
-        bits = _quietly(
-            lambda i=index: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(nvml.nvmlDeviceGetHandleByIndex(i))
-        )
+        bits = _quietly(partial(_throttle_bits, nvml, index))
         for bit, name in names.items():
             if isinstance(bits, int) and bits & bit:
                 return name
     return None
+
+
+def _throttle_bits(nvml: ModuleType, index: int) -> object:
+    return nvml.nvmlDeviceGetCurrentClocksThrottleReasons(nvml.nvmlDeviceGetHandleByIndex(index))
 
 
 def _nvml() -> ModuleType:

@@ -103,6 +103,7 @@ def read_run(path: Path) -> RunFiles:
     config, about = (_object(path / name, damaged) for name in ("config.json", "about.json"))
     summary = _object(path / "summary.json", damaged)
     metrics, evaluations = folder.metrics(), folder.evaluations()
+    last, best, best_step = _evaluated(evaluations)
     record = RunRecord(
         path,
         _state(folder, summary),
@@ -113,7 +114,9 @@ def read_run(path: Path) -> RunFiles:
         _whole(summary.get("steps")) or max((_whole(row.get("step")) or 0 for row in metrics), default=0),
         _whole(about.get("steps_planned")) or _whole(config.get("max_steps")),
         *_losses(metrics),
-        *_evaluated(evaluations),
+        last,
+        best,
+        best_step,
         _number(summary.get("tokens_per_s")) or _speed(metrics),
         _most(metrics, "rss_bytes", summary.get("peak_rss_bytes")),
         _most(metrics, "device_bytes", summary.get("peak_device_bytes")),

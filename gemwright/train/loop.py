@@ -23,8 +23,8 @@ from gemwright.train.checkpoint import Checkpoint, Checkpoints, State, on_cpu
 from gemwright.train.config import TrainConfig
 from gemwright.train.inputs import Inputs, check_same, origin_of, read_inputs, say_versions, settings_of
 from gemwright.train.memory import peak_rss_bytes, rss_bytes
-from gemwright.train.optimizer import Optimizer, learning_rate
 from gemwright.train.observers import Observers
+from gemwright.train.optimizer import Optimizer, learning_rate
 from gemwright.train.results import Ending, Progress, TuneResult, compare_peak, remember_run, save_adapter
 from gemwright.train.setup import Setup, arrangement_of, set_up, shrink, use_expandable_segments
 from gemwright.train.step import StepLoss
@@ -360,6 +360,7 @@ class Training:
         run.flush()
         self._origin()
         run.amend({"base": self.inputs.record["base"]})
+        needed(self._observers).close()
         if ended.state == "failed":
             raise self._failure(ended, "what was trained until then is saved")
         remember_run(self.setup, self.inputs.file, [seconds for _, seconds in self._recent])

@@ -1,4 +1,4 @@
-"""All that looks at a run while it goes on: about.json, plot, samples, the watch over step times, other programs' logs."""
+"""All that looks at a run while it goes on: about.json, plot, samples, the watch over step times, other logs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Observers:
         self._watch = Watch(Machine(lambda: torch.cuda.mem_get_info(device)[0]).read if on_gpu else None)
         self._writers = open_writers(config, run, inputs.record, step)
         self._samples: Samples | None = None
+        self._is_closed = False
         if inputs.validation:
             tokenizer = Tokenizer.from_model(inputs.file)
             prompts = inputs.prompts or first_prompts(inputs.validation, tokenizer.decode, config.seq)
@@ -52,7 +53,10 @@ class Observers:
             self._samples.after_evaluation(row)
 
     def close(self) -> None:
-        """Draw the last plot and write what waits."""
+        """Draw the last plot and write what waits; a second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._plots.finish()
         self._tell(lambda writer: writer.close())
         if self._samples is not None:

@@ -1,4 +1,4 @@
-"""What a run looks like: loss, learning rate, speed and memory in one PNG, and the losses of several runs in another."""
+"""What a run looks like: loss, learning rate, speed and memory in one PNG; the losses of several runs in another."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def draw_losses(runs: Mapping[str, tuple[Sequence[dict[str, Any]], Sequence[dict
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """A running mean that forgets over a fiftieth of all values, and over ten at least; what is no number is left out."""
+    """A running mean that forgets over a fiftieth of all values (ten at least); what is no number is left out."""
     keep = 1 - 1 / max(10.0, len(values) / 50)
     smooth, total, weight = [], 0.0, 0.0
     for value in values:

@@ -18,7 +18,7 @@ from gemwright.machine import available_ram_bytes
 from gemwright.report import say, size
 
 # Slow is a step of more than SLOW times the usual; over again when the last RECENT are under OVER times.
-SLOW, OVER, RECENT, KNOWN, REMEMBERED = 3.0, 1.8, 5, 8, 101
+SLOW, OVER, RECENT, KNOWN, REMEMBERED = 2.5, 1.8, 5, 8, 101
 READ_EVERY_S = 5.0
 _SCARCE, _BUSY, _THROTTLED = 0.05, 0.5, 0.6
 
@@ -113,13 +113,13 @@ def likely_cause(before: Reading, now: Reading, waiting_more: float = 0.0) -> st
         )
     if faults / passed_s > 200 or is_scarce:
         return (
-            f"Likely cause: RAM is short ({size(now.available_bytes)} available), and what does not fit is read from disk "
-            "again. Close other programs."
+            f"Likely cause: RAM is short ({size(now.available_bytes)} available), and what does not fit is read from "
+            "disk again. Close other programs."
         )
     if now.device_free_bytes is not None and now.device_free_bytes < 2**27:
         return (
-            f"Likely cause: video memory is full ({size(now.device_free_bytes)} free), and the driver may use RAM in its "
-            "place. Close programs that use the GPU, or use a smaller --vram."
+            f"Likely cause: video memory is full ({size(now.device_free_bytes)} free), and the driver may use RAM in "
+            "its place. Close programs that use the GPU, or use a smaller --vram."
         )
     if now.throttling:
         return f"Likely cause: the GPU holds back ({now.throttling}). Let it cool, or look at its power supply."

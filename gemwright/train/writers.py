@@ -19,7 +19,12 @@ from gemwright.train.config import TrainConfig
 _NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_s", "step_s", "rss_bytes", "device_bytes", "waiting")
 # What would have trackio, or the hub's client beneath it, talk to another machine.
 _STAYS = ("TRACKIO_DIR", "TRACKIO_STORAGE_MODE")
-_OFF = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "DO_NOT_TRACK": "1"}
+_OFF = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "DO_NOT_TRACK": "1",
+}
 FINISH_S = 30.0
 
 

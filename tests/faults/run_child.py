@@ -40,7 +40,8 @@ class Done:
 
 CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 if sys.platform != "win32":
-    CONTEXT.set_forkserver_preload(["gemwright.train.loop", "gemwright.__main__", "gemwright.cli"])
+    parts = ["gemwright.train.loop", "gemwright.__main__", "gemwright.cli", "torch._dynamo", "pytest"]
+    CONTEXT.set_forkserver_preload([*parts, "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
 def start(words: list[str], log: Path, fault: Fault | None = None) -> BaseProcess:

@@ -22,7 +22,7 @@ from gemwright.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and small file systems of Unix")
 TIMES = ("step_s", "tokens_per_s", "rss_bytes", "checkpoint_s", "seconds", "waiting")
-STEPS, EVERY = 16, 2
+STEPS, EVERY = 10, 2
 Count = Callable[[str, bool], None]
 
 
@@ -35,13 +35,13 @@ class Bench:
         rows = [{"prompt": f"{n} times seven", "completion": f"{7 * n} точно"} for n in range(1, 25)]
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.content = self.data.read_bytes()
-        self.whole = folder / "whole"
+        self.whole, self.whole_s = folder / "whole", 0.0
 
     def words(self, out: Path, *more: object) -> list[str]:
         """The command that tunes into `out`."""
         words: list[object] = ["tune", self.data, "--model", self.model, "--out", out, "--max-steps", STEPS]
         words += ["--rank", 4, "--seq", 64, "--tokens-per-step", 128, "--lr", 0.02, "--precision", "fp32"]
-        words += ["--dropout", 0.2, "--holdout", 4, "--eval-every", 8, "--save-every", EVERY, "--threads", 1]
+        words += ["--dropout", 0.2, "--holdout", 4, "--eval-every", 5, "--save-every", EVERY, "--threads", 1]
         return [str(word) for word in (*words, *more)]
 
     def tune(self, out: Path, fault: Fault | None = None, *more: object) -> Done:
@@ -75,8 +75,12 @@ def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Bench:
     bench = Bench(tmp_path_factory.mktemp("faults"), tiny_model)
-    done = bench.tune(bench.whole)
-    assert done.code == 0, done.said
+    for out in (bench.whole, bench.folder / "again"):  # the second time nothing is left to be imported
+        begun_s = time.monotonic()
+        done = bench.tune(out)
+        bench.whole_s = time.monotonic() - begun_s
+        assert done.code == 0, done.said
+    bench.assert_same(bench.folder / "again")
     return bench
 
 
@@ -109,16 +113,14 @@ def newest(out: Path) -> int:
 def kill_at_random_moments(bench: Bench, out: Path, kills: int, seed: int, count: Count) -> dict[str, int]:
     """SIGKILL runs, new and resumed, at moments spread over their whole life; the last of each chain is let finish."""
     rng, hits = random.Random(seed), {"inside a save": 0, "before the first step": 0, "between": 0}
-    last, done_kills, span_s = 0, 0, 4.0
+    last, done_kills = 0, 0
     while done_kills < kills:
-        begun_s = time.monotonic()
         fresh = not (out / "config.json").is_file()
         words = bench.words(out) if fresh else ["runs", "resume", str(out)]
         process = start(words, bench.log, Fault("pause", "fsync", 0, {"seconds": rng.choice((0.0, 0.01, 0.03))}))
-        process.join(rng.uniform(0.0, span_s))
+        process.join(rng.uniform(0.0, bench.whole_s))
         if process.exitcode is not None:
             assert process.exitcode == 0, bench.log.read_text(encoding="utf-8")
-            span_s = max(0.5, 0.9 * (time.monotonic() - begun_s))
             bench.assert_same(out)
             shutil.rmtree(out)
             last = 0
@@ -127,9 +129,12 @@ def kill_at_random_moments(bench: Bench, out: Path, kills: int, seed: int, count
         process.join()
         done_kills += 1
         inside = bool(list((out / "checkpoints").glob(".*.part")))
-        hits["inside a save" if inside else "before the first step" if not (out / "metrics.jsonl").is_file() else "between"] += 1
+        early = not (out / "metrics.jsonl").is_file()
+        hits["inside a save" if inside else "before the first step" if early else "between"] += 1
         now = newest(out)
-        survived = now >= last and (not (out / "config.json").is_file() or read_run(out).record.state == "killed")
+        survived = now >= last and (
+            not (out / "config.json").is_file() or read_run(out).record.state in ("killed", "done")
+        )
         count("SIGKILL at a random moment", survived)
         assert survived, (last, now)
         last = now
@@ -149,9 +154,9 @@ def test_killed_at_fifty_random_moments(bench: Bench, tmp_path: Path, count: Cou
     assert hits["inside a save"] >= 5
 
 
-@pytest.mark.parametrize(("where", "at"), [("fsync", 4), ("replace", 4), ("rename", 1), ("replace", 5)])
+@pytest.mark.parametrize(("where", "at"), [("fsync", 8), ("replace", 4), ("rename", 1)])
 def test_killed_inside_a_save(bench: Bench, tmp_path: Path, count: Count, where: str, at: int) -> None:
-    """Before a file is synced, before the folder gets its name, while an old checkpoint is removed."""
+    """Before a file is synced, before the folder gets its name, and as an older one is put away."""
     out = tmp_path / "run"
     place = Fault("kill", where, at)
     done = bench.tune(out, place)
@@ -186,7 +191,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 def test_the_disk_is_full_during_a_save(
     bench: Bench, tmp_path: Path, count: Count, small_disk: Callable[[int], Path]
 ) -> None:
-    """Room for one checkpoint and not for two: the first stays whole, the run says so, and goes on when there is room."""
+    """Room for one checkpoint and not for two: the first stays whole, and the run goes on when there is room."""
     one = sum(file.stat().st_size for file in (bench.whole / "checkpoints").glob("*/*")) // 3
     disk = small_disk(max(1, round(1.6 * one / 2**20 + 0.5)))
     out = disk / "run"
@@ -258,28 +263,18 @@ def test_one_damaged_goes_on_from_the_older(bench: Bench, tmp_path: Path, count:
     count("checkpoint damaged, then resumed", True)
 
 
-@pytest.mark.parametrize("seconds", [-86_400.0, 86_400.0 * 3650])
+@pytest.mark.parametrize("seconds", [-86_400.0 * 3650, pytest.param(86_400.0 * 3650, marks=pytest.mark.slow)])
 def test_the_clock_is_moved(bench: Bench, tmp_path: Path, count: Count, seconds: float) -> None:
     out = tmp_path / "run"
     done = bench.tune(out, Fault("clock", words={"seconds": seconds}), "--max-hours", 1)
     assert done.code == 0, done.said
     bench.assert_same(out)
     rows = RunFolder.open(out).metrics()
-    assert all(0 < row["step_s"] < 60 for row in rows) and 0 < json.loads((out / "summary.json").read_text())["seconds"] < 120
+    assert (
+        all(0 < row["step_s"] < 60 for row in rows)
+        and 0 < json.loads((out / "summary.json").read_text())["seconds"] < 120
+    )
     count("clock moved", True)
-
-
-@pytest.mark.skipif(not shutil.which("faketime"), reason="faketime is not installed")
-def test_the_clock_of_the_whole_process_is_moved(bench: Bench, tmp_path: Path, count: Count) -> None:
-    """libfaketime moves what the C library tells as well, backwards by two years between two processes."""
-    out = tmp_path / "run"
-    stopped_at(bench, out, 5)
-    command = ["faketime", "-f", "-2y", sys.executable, "-m", "gemwright", "runs", "resume", str(out)]
-    environment = os.environ | {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    bench.assert_same(out)
-    count("clock moved by libfaketime", True)
 
 
 def test_a_run_folder_that_cannot_be_written(
@@ -301,7 +296,9 @@ def test_two_runs_in_one_folder(bench: Bench, tmp_path: Path, count: Count, kill
     """While one works the second is refused, whether it would begin or go on; the first ends as ever."""
     out = tmp_path / "run"
     shutil.copytree(killed, out)
-    first = start(["runs", "resume", str(out)], tmp_path / "first.txt", Fault("slow", "forward_backward", 1, {"times": 3}))
+    first = start(
+        ["runs", "resume", str(out)], tmp_path / "first.txt", Fault("slow", "forward_backward", 1, {"times": 3})
+    )
     wait_for(lambda: RunFolder(out).is_at_work())
     assert read_run(out).record.state == "running"
     one_line(bench.resume(out), 2, "at work")
@@ -349,8 +346,10 @@ def test_the_data_change_under_a_run(bench: Bench, tmp_path: Path, count: Count)
     count("data changed or gone before a resume", True)
 
 
-@pytest.mark.parametrize("kind", ["memory", "torch"])
-@pytest.mark.parametrize(("where", "at"), [("forward_backward", 6), ("backward", 7 * 5 * 2 + 3), ("update", 6)])
+@pytest.mark.parametrize(
+    ("where", "at", "kind"),
+    [("forward_backward", 6, "memory"), ("backward", 7 * 5 * 2 + 3, "torch"), ("update", 6, "memory")],
+)
 def test_memory_runs_out(bench: Bench, tmp_path: Path, count: Count, where: str, at: int, kind: str) -> None:
     out = tmp_path / "run"
     one_line(bench.tune(out, Fault(kind, where, at)), 1, "memory ran out", "gemwright runs resume")
@@ -361,7 +360,7 @@ def test_memory_runs_out(bench: Bench, tmp_path: Path, count: Count, where: str,
 
 def test_steps_that_take_five_times_as_long(bench: Bench, tmp_path: Path, count: Count) -> None:
     out = tmp_path / "run"
-    done = bench.tune(out, Fault("slow", "forward_backward", 16, {"times": 6}), "--max-steps", 28)
+    done = bench.tune(out, Fault("slow", "forward_backward", 12, {"times": 6}), "--max-steps", 22)
     assert done.code == 0, done.said
     warned = [line for line in done.said.splitlines() if "times as long as before" in line]
     assert len(warned) == 1 and ("Likely cause" in warned[0] or "no cause" in warned[0]), done.said
