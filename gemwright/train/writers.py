@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from gemwright.errors import InputError
@@ -116,10 +117,10 @@ class Trackio:
     def close(self) -> None:
         """See `Writer`."""
         child, self._child = self._child, None
-        if child is None or child.stdin is None:
+        if child is None:
             return
         try:
-            child.stdin.close()
+            _end(child)
             if child.wait(FINISH_S) != 0:
                 say("trackio ended with an error; the run's own files are whole")
         except (OSError, subprocess.TimeoutExpired):
@@ -134,9 +135,16 @@ class Trackio:
             self._child.stdin.write((json.dumps(message) + "\n").encode())
             self._child.stdin.flush()
         except OSError:
+            with suppress(OSError):
+                _end(self._child)
             self._child.wait()
             self._child = None
             say("trackio ended; the run goes on without it")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.stdin is not None:
+        child.stdin.close()
 
 
 def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
