@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/index.md", "docs/cli.md", "docs/data.md")
+PAGES = ("README.md", "docs/index.md", "docs/cli.md", "docs/data.md", "docs/runs.md")
 
 
 def test_cli_page_is_what_the_program_prints() -> None:

@@ -71,15 +71,17 @@ def test_it_learns_and_leaves_a_whole_run_folder(run: Tune, tiny_model: Path, tm
     assert result.steps == 25 and result.tokens_per_s > 0 and result.peak_rss_bytes > 0
     assert hashlib.sha256(tiny_model.read_bytes()).hexdigest() == before
 
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+    names = [
+        "about.json",
         "adapter",
         "adapter.gguf",
         "config.json",
         "lock",
-        "plot.png",
         "metrics.jsonl",
+        "plot.png",
         "summary.json",
     ]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == names
     summary = RunFolder.open(result.run).summary()
     assert summary is not None and summary["state"] == "done" and summary.items() >= result.row().items()
     config = RunFolder.open(result.run).config()
