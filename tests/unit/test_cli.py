@@ -77,7 +77,7 @@ def test_wrong_usage_is_one_line_and_exit_2(gemwright: Run, words: tuple[str, ..
 
 
 def test_completion_script(gemwright: Run) -> None:
-    done = gemwright("--show-completion", "bash", SHELL="/bin/bash")
+    done = gemwright("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert done.returncode == 0
     assert "gemwright" in done.stdout
 

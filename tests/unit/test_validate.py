@@ -10,8 +10,9 @@ import torch
 
 from gemwright.errors import InputError
 from gemwright.text.tokenizer import Tokenizer
-from gemwright.train.batches import Encoded, encode_file
+from gemwright.train.batches import Encoded
 from gemwright.train.config import TrainConfig
+from gemwright.train.prepare import prepare
 from gemwright.train.setup import Setup, set_up
 from gemwright.train.step import Work, forward_backward, forward_loss
 from gemwright.train.validate import hold_out, validate
@@ -25,7 +26,8 @@ def examples(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
     turns = [{"prompt": "hello there " * n, "completion": "да " * (15 - n)} for n in range(1, 13)]
     path.write_text("\n".join(map(json.dumps, turns)), encoding="utf-8")
-    return encode_file(path, Tokenizer.from_model(open_model(tiny_model)).encode, "model", 96)
+    encode = Tokenizer.from_model(open_model(tiny_model)).encode
+    return [*prepare(path, encode=encode, train_on="model", seq=96).examples]
 
 
 @pytest.fixture
