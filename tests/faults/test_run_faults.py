@@ -151,7 +151,7 @@ def test_killed_at_random_moments(bench: Bench, tmp_path: Path, count: Count) ->
 def test_killed_at_fifty_random_moments(bench: Bench, tmp_path: Path, count: Count) -> None:
     hits = kill_at_random_moments(bench, tmp_path / "run", 50, 11, count)
     print(f"moments: {hits}")
-    assert hits["inside a save"] >= 5
+    assert hits["inside a save"] >= 2  # a tenth of them on average; `test_killed_inside_a_save` does it on purpose
 
 
 @pytest.mark.parametrize(("where", "at"), [("fsync", 8), ("replace", 4), ("rename", 1)])
