@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -179,7 +180,8 @@ def show_progress(shown: Progressing, now: Progress) -> None:
     )
     if now.device_bytes:
         text = f"{text}  {size(now.device_bytes)} of VRAM  {now.waiting:.0%} waiting"
-    shown.update(now.phase, now.step / max(now.steps, 1), text if now.step else "")
+    is_told = now.step and not math.isnan(now.loss)  # a run that goes on has made no step of its own at first
+    shown.update(now.phase, now.step / max(now.steps, 1), text if is_told else "")
 
 
 def give_result(result: TuneResult, model: str, as_json: bool) -> None:
