@@ -1,7 +1,8 @@
 """Tokenising beside transformers on the same text and threads; a gigabyte of JSONL prepared under a watch on memory.
 
     apt-get download debian-reference-en debian-reference-ja debian-reference-zh-cn debian-faq-ru \\
-        installation-guide-amd64
+        installation-guide-amd64 manpages manpages-dev manpages-ru manpages-ja manpages-zh manpages-de \\
+        manpages-fr manpages-es manpages-pl manpages-pt-br
     for file in *.deb; do dpkg -x "$file" texts; done
     python benchmarks/data.py --texts texts                          # all of it
     python benchmarks/data.py --texts texts --rounds 1 --gb 0.05     # a quick look
@@ -16,6 +17,7 @@ tokens. It is called as it is fastest: on batches, with as many threads.
 from __future__ import annotations
 
 import argparse
+import gzip
 import html
 import json
 import multiprocessing
@@ -38,7 +40,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-KIND_CHARACTERS = 2_000_000
+KIND_CHARACTERS = 6_000_000
+# How a language's pages are known by their paths.
+LANGUAGES = {"en": r"\.en\.html$|/en/|/man/man\d/", "ru": r"\.ru\.html$|/ru/", "ja": r"\.ja\.html$|/ja/"}
+LANGUAGES["zh-cn"] = r"\.zh-cn\.html$|/zh-cn/|/zh_CN/"
 CONTESTANTS = ("gemwright", "transformers")
 
 
@@ -71,11 +76,10 @@ def texts(folder: Path) -> dict[str, str]:
 
     rng = random.Random(0)
     pages = {path: plain(path) for path in sorted(folder.rglob("*.html"))}
+    pages |= {path: manual(path) for path in sorted(folder.rglob("man/**/*.gz")) if not path.is_symlink()}
     of = {
-        language: "".join(
-            text for path, text in pages.items() if re.search(rf"\.{language}\.html$|/{language}/", str(path))
-        )
-        for language in ("en", "ru", "ja", "zh-cn")
+        language: "".join(text for path, text in pages.items() if re.search(pattern, path.as_posix()))
+        for language, pattern in LANGUAGES.items()
     }
     shuffled = list(pages.values())
     rng.shuffle(shuffled)
@@ -100,6 +104,13 @@ def plain(path: Path) -> str:
     """The text of a page, runs of spaces as one but line breaks kept."""
     page = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", "", path.read_text(encoding="utf-8", errors="replace"))
     return re.sub(r"[ \t]+", " ", html.unescape(page))
+
+
+def manual(path: Path) -> str:
+    """The text of a manual page without its commands."""
+    page = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
+    lines = [line for line in page.splitlines() if not line.startswith((".", "'"))]
+    return re.sub(r"\\f\[?\w+\]?|\\&", "", "\n".join(lines)).replace("\\-", "-") + "\n"
 
 
 def cut(text: str) -> list[str]:
