@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from gemwright.errors import DoesNotFit, GemwrightError, needed
 from gemwright.layout import activation_bytes
 from gemwright.plan.history import FEWEST, Seen, correction
-from gemwright.plan.model_bytes import ModelBytes
-from gemwright.plan.running import CONTEXT_BYTES, Place, RunPlan, run_plan
+from gemwright.plan.model_bytes import ModelBytes, published
+from gemwright.plan.running import CONTEXT_BYTES, DRAFT, Place, RunPlan, alternatives, run_plan
 from gemwright.plan.training import CHAT_LABELLED, Arrangement, Card, Job, arrange, described
 from gemwright.report import size
 from gemwright.rig_file import Rig
@@ -97,7 +97,7 @@ def answer(
     try:
         if work.purpose == "tune":
             return _tune(name, model, rig, work, list(seen), hint=hint)
-        return _run(name, model, rig, work)
+        return _run(name, model, rig, work, hint=hint)
     except DoesNotFit as error:
         basis = {"model": model.basis} | dict(rig.basis)
         return Answer(name, work.purpose, False, error.what, basis=basis, hint=error.fix or "")
@@ -209,7 +209,7 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
     )
 
 
-def _run(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
+def _run(name: str, model: ModelBytes, rig: Rig, work: Work, *, hint: bool) -> Answer:
     host = Place(rig.ram_bytes_s, rig.cpu.fp32_flops, int(rig.ram_available_bytes * RAM_SHARE))
     gpu = None
     if rig.gpu is not None and rig.unified:  # one memory, at the GPU's speed
@@ -221,6 +221,7 @@ def _run(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
     items = [("device", item, count) for item, count in plan.device_items.items()]
     items += [("host", item, count) for item, count in plan.host_items.items()]
     basis = {"model": model.basis} | dict(rig.basis)
+    others = alternatives(model, plan, host, gpu, published(DRAFT)) if hint else []
     return Answer(
         name,
         work.purpose,
@@ -232,8 +233,14 @@ def _run(name: str, model: ModelBytes, rig: Rig, work: Work) -> Answer:
         plan.prefill_tokens_per_s,
         BANDS["run, GPU" if plan.gpu_layers else "run, CPU"],
         items,
-        {"gpu_layers": plan.gpu_layers, "context": plan.context, "cache": plan.cache},
+        {
+            "gpu_layers": plan.gpu_layers,
+            "context": plan.context,
+            "cache": plan.cache,
+            "alternatives": [asdict(other) for other in others],
+        },
         basis,
+        "\n".join(other.words(plan) for other in others) or ("no other arrangement would be faster" if hint else ""),
     )
 
 

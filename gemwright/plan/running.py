@@ -6,6 +6,7 @@ Window layers keep their window and a batch; global ones the whole context. Sour
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from gemwright.errors import DoesNotFit, InputError
@@ -17,6 +18,8 @@ from gemwright.spec import ModelSpec
 MIB = 1 << 20
 BATCH = 512
 CACHE_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+# The model that guesses ahead for larger ones. From which gain or to which part of the memory on another way is named.
+DRAFT, WORTH, LESS = "270m", 1.05, 0.9
 # What the process holds beside the model: Python and the library here, CUDA's context there.
 PROCESS_BYTES, CONTEXT_BYTES = 80 * MIB, 420 * MIB
 # Up to here our engine lets window layers keep everything, so that no cached prefix is computed again.
@@ -173,6 +176,53 @@ def _costs(model: ModelBytes) -> tuple[float, float, float]:
     prompt = sum(count * PROMPT_COST.get(kind, OTHER_COST[1]) for kind, count in weights.items())
     head = model.spec.vocab * model.spec.hidden * TOKEN_COST.get(model.embed_type, OTHER_COST[0])
     return linear, head, prompt / sum(weights.values())
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to run the model, and what would come of it."""
+
+    what: str
+    tokens_per_s: float
+    device_bytes: int
+    host_bytes: int
+
+    def words(self, plan: RunPlan) -> str:
+        """In words, beside `plan`."""
+        less = plan.device_bytes + plan.host_bytes - self.device_bytes - self.host_bytes
+        memory = f", {size(abs(less))} {'less' if less > 0 else 'more'}" if abs(less) >= 50 * MIB else ""
+        return f"{self.what}: {self.tokens_per_s:.3g} tokens/s{memory}"
+
+
+def alternatives(
+    model: ModelBytes, plan: RunPlan, host: Place, gpu: Place | None, draft: ModelBytes
+) -> list[Alternative]:
+    """What is faster than `plan` or takes less: a smaller cache, a draft, more video memory; the fastest first."""
+    found = []
+
+    def add(what: str, other: RunPlan, speed: float) -> None:
+        if speed > WORTH * plan.decode_tokens_per_s or other.device_bytes + other.host_bytes < LESS * (
+            plan.device_bytes + plan.host_bytes
+        ):
+            found.append(Alternative(what, speed, other.device_bytes, other.host_bytes))
+
+    small = run_plan(model, plan.context, host, gpu, cache="q8_0")
+    add("keys and values in q8_0", small, small.decode_tokens_per_s)
+    if draft.spec.layers < model.spec.layers:
+        rest = replace(host, room_bytes=host.room_bytes - plan.host_bytes)
+        beside = replace(gpu, room_bytes=gpu.room_bytes - plan.device_bytes + CONTEXT_BYTES) if gpu else None
+        with suppress(DoesNotFit):
+            second = run_plan(draft, min(plan.context, draft.spec.context), rest, beside)
+            both = replace(
+                plan,
+                device_items=plan.device_items | {"draft model": max(0, second.device_bytes - CONTEXT_BYTES)},
+                host_items=plan.host_items | {"draft model": second.host_bytes - PROCESS_BYTES},
+            )
+            add(f"with {draft.spec.name} as a draft that is right 6 times in 10", both, with_draft(plan, second))
+    if gpu is not None:
+        more = run_plan(model, plan.context, host, replace(gpu, room_bytes=gpu.room_bytes + (2 << 30)))
+        add("2 GiB more of video memory", more, more.decode_tokens_per_s)
+    return sorted(found, key=lambda other: -other.tokens_per_s)
 
 
 def with_draft(plan: RunPlan, draft: RunPlan, accepted: float = 0.6, ahead: int = 4) -> float:

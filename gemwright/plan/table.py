@@ -74,7 +74,7 @@ def screen(answer: Answer, rig: Rig, colour: bool, *, explain: bool) -> list[str
     lines = [rig_line(rig), ""]
     if not answer.fits:
         lines.append(coloured(f"{answer.model} to {answer.purpose}: does not fit", word, colour))
-        return [*lines, f"  {answer.what}", f"  {answer.hint}"]
+        return [*lines, f"  {answer.what}", *(f"  {line}" for line in answer.hint.splitlines())]
     head = f"{answer.model} to {answer.purpose}: {'fits' if word == 'yes' else 'fits, slowly'}"
     lines.append(coloured(head, word, colour))
     lines.append(f"  {answer.what}")
@@ -82,8 +82,7 @@ def screen(answer: Answer, rig: Rig, colour: bool, *, explain: bool) -> list[str
     if answer.prefill_tokens_per_s:
         rate += f", reading {answer.prefill_tokens_per_s:,.0f} tokens/s of a prompt"
     lines.append(rate)
-    if answer.hint:
-        lines.append(f"  {answer.hint}")
+    lines += [f"  {line}" for line in answer.hint.splitlines()]
     if explain:
         lines += ["", *items(answer), "", *basis(answer, rig)]
     return lines

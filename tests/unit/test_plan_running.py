@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gemwright.errors import DoesNotFit, InputError
 from gemwright.plan.model_bytes import published
-from gemwright.plan.running import CACHE_BYTES, Place, cache_bytes, run_plan, with_draft
+from gemwright.plan.running import CACHE_BYTES, DRAFT, Place, alternatives, cache_bytes, run_plan, with_draft
 from gemwright.spec import SPECS
 
 GIB = 1 << 30
@@ -64,3 +64,26 @@ def test_a_draft_helps_where_it_guesses_well() -> None:
     large, small = (run_plan(published(size), 4096, HOST) for size in ("27b", "270m"))
     alone = large.decode_tokens_per_s
     assert with_draft(large, small, 0.8) > 1.5 * alone > alone > with_draft(large, large, 0.1)
+
+
+@pytest.mark.parametrize("size", SPECS)
+@pytest.mark.parametrize("context", [4096, 32_768])
+def test_what_is_named_beside_a_plan_fits_and_is_worth_it(size: str, context: int) -> None:
+    for gpu in (None, CARD):
+        plan = run_plan(published(size), context, HOST, gpu)
+        found = alternatives(published(size), plan, HOST, gpu, published(DRAFT))
+        assert [other.tokens_per_s for other in found] == sorted((o.tokens_per_s for o in found), reverse=True)
+        for other in found:
+            assert other.host_bytes <= HOST.room_bytes
+            assert other.device_bytes <= CARD.room_bytes + (2 << 30) * other.what.startswith("2 GiB more")
+            less = other.device_bytes + other.host_bytes < 0.9 * (plan.device_bytes + plan.host_bytes)
+            assert less or other.tokens_per_s > 1.05 * plan.decode_tokens_per_s
+        assert any("draft" in other.what for other in found) == (size in ("4b", "12b", "27b"))
+
+
+def test_a_smaller_cache_is_named_where_it_brings_layers_to_the_gpu() -> None:
+    plan = run_plan(published("12b"), 16_384, HOST, CARD)
+    found = {o.what: o for o in alternatives(published("12b"), plan, HOST, CARD, published(DRAFT))}
+    small = run_plan(published("12b"), 16_384, HOST, CARD, cache="q8_0")
+    assert small.gpu_layers > plan.gpu_layers
+    assert found["keys and values in q8_0"].tokens_per_s == small.decode_tokens_per_s
