@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gemwright import __version__, cli_data, cli_runs
+from gemwright.cli_options import AsJson, ModelName, give, has_colour
 from gemwright.report import Progressing, command, say, size
 
 if TYPE_CHECKING:
@@ -40,9 +39,7 @@ app = typer.Typer(
 app.add_typer(cli_data.data_app, name="data")
 app.add_typer(cli_runs.app, name="runs")
 
-ModelName = Annotated[str, typer.Option("--model", "-m", help="270m, a GGUF file or a safetensors folder.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", "-a", help="A run folder of 'gemwright tune'.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after so many tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
@@ -66,11 +63,6 @@ def options(
     """What every verb shares."""
 
 
-def _give(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """The verb's answer on stdout: `result` as one JSON object, or `text`."""
-    print(json.dumps(result, ensure_ascii=False) if as_json else text, flush=True)
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder; an earlier demo there is replaced.")] = Path(
@@ -89,7 +81,7 @@ def demo(
 
     with Progressing() as progress:
         result, examples = run_demo(out, progress, threads=threads)
-    _give(result, as_json, show(result, examples))
+    give(result, as_json, show(result, examples))
     say("\nNext, try:")
     for line in (
         command("gemwright", "chat", "--model", "270m", "--adapter", out),
@@ -124,7 +116,7 @@ def doctor(
     found = diagnose(probe=probe, fresh=fresh, report=lambda what: say(f"measuring: {what}"))
     if save:
         save_rig(found, save)
-    _give(found.row() | {"saved": str(save) if save else None}, as_json, shown(found))
+    give(found.row() | {"saved": str(save) if save else None}, as_json, shown(found))
     say(f"next: {command('gemwright', 'plan', *(('--rig', save) if save else ()))}")
 
 
@@ -159,9 +151,7 @@ def pull(
         got = fetch(name, report=say)
     result = {k: getattr(got, k) for k in ("path", "sha256", "bytes", "size", "quantization")}
     result["path"] = str(result["path"])
-    _give(
-        result, as_json, f"{got.path}\nGemma 3 {got.size}, {got.quantization}, {size(got.bytes)}, sha256 {got.sha256}"
-    )
+    give(result, as_json, f"{got.path}\nGemma 3 {got.size}, {got.quantization}, {size(got.bytes)}, sha256 {got.sha256}")
     verb = ("tune", "YOUR.jsonl", "--out", "runs/mine") if random else ("chat",)
     say(f"next: {command('gemwright', *verb, '--model', got.path if random else name)}")
 
@@ -292,7 +282,7 @@ def run(
         done = run_prompt(opened, text, raw=raw, sampling=sampling, on_text=None if as_json else _stream)
     if done.stop_reason == "cancelled":
         raise KeyboardInterrupt
-    _give(_answer(done, opened.name), as_json, "")
+    give(_answer(done, opened.name), as_json, "")
     say(f"next: {command('gemwright', 'chat', '--model', model, *_with(adapter))}")
 
 
@@ -327,7 +317,7 @@ def chat(
     with open_engine(resolve_model(model), engine=engine, adapter=adapter, threads=threads) as opened:
         talk(
             Chat(opened, sampling, system=system, note=say),
-            lambda done: _give(_answer(done, opened.name), as_json, ""),
+            lambda done: give(_answer(done, opened.name), as_json, ""),
             None if as_json else _stream,
         )
     say(f"next: {command('gemwright', 'score', 'TEXTFILE', '--model', model, *_with(adapter))}")
@@ -387,13 +377,13 @@ def plan(
         vram=vram,
         explain=explain,
         money=Money(tokens, kwh, purchase, prices) if cost else None,
-        colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+        colour=has_colour(),
     )
     if verify and asked.fits:
         from gemwright.verify import verify as measure
 
         asked = measure(asked, model, rig)
-    _give(asked.result, as_json, "\n".join(asked.lines))
+    give(asked.result, as_json, "\n".join(asked.lines))
     if not asked.fits:
         raise typer.Exit(3)
     say(f"next: {command('gemwright', *asked.next)}")
@@ -427,7 +417,7 @@ def score(
             textfile, opened, lambda done, of: progress.update("scoring", done / of, f"{done}/{of} tokens")
         )
     text = f"perplexity {got.perplexity:.3f}, {got.bits_per_byte:.4f} bits per byte"
-    _give(asdict(got), as_json, f"{textfile}: {got.tokens} tokens, {text}, {got.nll_per_token:.4f} nats per token")
+    give(asdict(got), as_json, f"{textfile}: {got.tokens} tokens, {text}, {got.nll_per_token:.4f} nats per token")
     say(f"next: {command('gemwright', 'tune', 'YOUR.jsonl', '--model', model, '--out', 'runs/mine')}")
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from gemwright.cli_options import AsJson, ModelName, give, has_colour
 from gemwright.report import Progressing, command, say, size
 
 data_app = typer.Typer(
@@ -28,9 +26,7 @@ data_app = typer.Typer(
 
 Names = Annotated[list[Path], typer.Argument(help="Files, folders, or a Hugging Face data set (owner/name).")]
 OneName = Annotated[Path, typer.Argument(help="File, folder, or a Hugging Face data set (owner/name).")]
-ModelName = Annotated[str, typer.Option("--model", "-m", help="270m, a GGUF file or a safetensors folder.")]
 Learned = Annotated[Literal["model", "last", "all"], typer.Option("--train-on", help="Turns to learn.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 @data_app.command()
@@ -75,8 +71,7 @@ def check(
     row = found.row() | {"repaired": None}
     if repair is not None and found.tally.kept and not found.tally.has_errors:
         row["repaired"] = convert_rows(data, repair, repair=True).row() | {"findings": []}
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(json.dumps(row, ensure_ascii=False) if as_json else shown(found, show=show, colour=colour), flush=True)
+    give(row, as_json, shown(found, show=show, colour=has_colour()))
     if row["repaired"]:
         say(f"{row['repaired']['repaired']} rows repaired; the copy is {repair}")
     elif repair is not None:
@@ -117,10 +112,8 @@ def convert(
             report=say,
             on_progress=_bar(progress, "converting"),
         )
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     text = f"{out if done.is_written else 'nothing written'}: {counted(done.tally)}"
-    findings = finding_lines(done.tally, 3, colour, len(data))
-    print(json.dumps(done.row(), ensure_ascii=False) if as_json else "\n".join([*findings, text]), flush=True)
+    give(done.row(), as_json, "\n".join([*finding_lines(done.tally, 3, has_colour(), len(data)), text]))
     if not done.is_written:
         say("next: mend the rows, or add --drop-bad to leave them out")
         raise typer.Exit(2)
@@ -152,7 +145,7 @@ def preview(
 
     found = previewed(data, model, train_on, example, count)
     result = {"data": str(data), "train_on": train_on, "seq": seq, "examples": [each.row(seq) for each in found]}
-    print(json.dumps(result, ensure_ascii=False) if as_json else shown(found, seq, _has_colour()), flush=True)
+    give(result, as_json, shown(found, seq, has_colour()))
     say(f"next: {command('gemwright', 'data', 'prepare', data, '--model', model)}")
 
 
@@ -194,7 +187,7 @@ def prepare(
         row = prepare_file(
             data, model, seq=seq, train_on=train_on, workers=workers, report=progress.say, progress=progress
         )
-    print(json.dumps(row, ensure_ascii=False) if as_json else shown(row), flush=True)
+    give(row, as_json, shown(row))
     row_length = () if seq == 1024 else ("--seq", seq)
     learned = () if train_on == "model" else ("--train-on", train_on)
     say(f"next: {command('gemwright', 'tune', data, '--model', model, *row_length, *learned, '--out', 'runs/mine')}")
@@ -205,15 +198,11 @@ def _kept(clear: bool, as_json: bool) -> None:
 
     if clear:
         row = cleared()
-        print(json.dumps(row) if as_json else f"{row['folder']}: {size(row['freed_bytes'])} freed", flush=True)
+        give(row, as_json, f"{row['folder']}: {size(row['freed_bytes'])} freed")
     else:
         rows = listed()
-        print(json.dumps({"stores": rows}, ensure_ascii=False) if as_json else shown_list(rows), flush=True)
+        give({"stores": rows}, as_json, shown_list(rows))
     say(f"next: {command('gemwright', 'data', 'prepare', 'YOUR.jsonl', '--model', '270m')}")
-
-
-def _has_colour() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _bar(progress: Progressing, phase: str) -> Callable[[float, str], None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemwright.cli_options import AsJson, give
 from gemwright.report import Progressing, command, duration, say, size
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(help="A run folder of 'gemwright tune'.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 @app.command("list")
@@ -42,17 +42,15 @@ def list_runs(
     \b
     Examples:
       gemwright runs list
-      gemwright runs list ~/work/runs --json
+      gemwright runs list ~/runs --json
     """
     from gemwright.run_records import find_runs, read_run
     from gemwright.run_text import table
 
     records = [read_run(path).record for path in find_runs(folder)]
     records.sort(key=lambda one: one.begun or "", reverse=True)
-    if as_json:
-        print(json.dumps({"runs": [one.row() for one in records]}, ensure_ascii=False), flush=True)
-    elif records:
-        print("\n".join(table(records)), flush=True)
+    if records or as_json:
+        give({"runs": [one.row() for one in records]}, as_json, "\n".join(table(records)))
     if records:
         say(f"next: {command('gemwright', 'runs', 'show', records[0].path)}")
     else:
@@ -73,12 +71,9 @@ def show(run: Run, as_json: AsJson = False) -> None:
     from gemwright.run_text import next_command, story
 
     files = read_run(run)
-    if as_json:
-        parts: dict[str, object] = {"config": files.config, "about": files.about}
-        parts |= {"evaluations": files.evaluations, "samples": files.samples}
-        print(json.dumps(files.record.row() | plain(parts), ensure_ascii=False), flush=True)
-    else:
-        print("\n".join(story(files)), flush=True)
+    parts: dict[str, object] = {"config": files.config, "about": files.about}
+    parts |= {"evaluations": files.evaluations, "samples": files.samples}
+    give(files.record.row() | plain(parts), as_json, "\n".join(story(files)))
     say(f"next: {next_command(files.record, files.config.get('model'))}")
 
 
@@ -105,11 +100,8 @@ def compare(
         from gemwright.train.plot import draw_losses
 
         draw_losses({str(one.record.path): (one.metrics, one.evaluations) for one in files}, out)
-    if as_json:
-        answer = {"differences": plain(differences(files)), "runs": [one.record.row() for one in files]}
-        print(json.dumps(answer | {"plot": str(out) if out else None}, ensure_ascii=False), flush=True)
-    else:
-        print("\n".join(side_by_side(files)), flush=True)
+    answer = {"differences": plain(differences(files)), "runs": [one.record.row() for one in files]}
+    give(answer | {"plot": str(out) if out else None}, as_json, "\n".join(side_by_side(files)))
     plots = () if out else ("--out", "compare.png")
     follow = ("show", runs[0]) if out else ("compare", *runs, *plots)
     say(f"next: {command('gemwright', 'runs', *follow)}")
@@ -146,7 +138,7 @@ def delete(
             return
     remove(run, keep_adapter)
     answer = {"run": str(run), "removed": [str(part) for part in parts], "bytes": freed}
-    print(json.dumps(answer, ensure_ascii=False) if as_json else f"{run}: removed {size(freed)}", flush=True)
+    give(answer, as_json, f"{run}: removed {size(freed)}")
     say(f"next: {command('gemwright', 'runs', 'list', run.parent)}")
 
 
@@ -192,7 +184,7 @@ def give_result(result: TuneResult, model: str, as_json: bool) -> None:
         f"{result.run}: {result.steps} steps, loss {result.loss_first:.3f} -> {result.loss_last:.3f}, "
         f"{result.tokens_per_s:.0f} tokens/s, peak {size(result.peak_rss_bytes)} of RAM"
     )
-    print(json.dumps(result.row(), ensure_ascii=False) if as_json else text, flush=True)
+    give(result.row(), as_json, text)
     if result.stopped:
         say(f"stopped ({result.stopped}) after step {result.steps}; the adapter so far is in {result.adapter}")
         say(f"go on with: {command('gemwright', 'runs', 'resume', result.run)}")
