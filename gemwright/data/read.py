@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,9 @@ from gemwright.data.codes import DataFault
 from gemwright.data.locate import locate
 from gemwright.data.records import WRITE_ROWS, DataFile
 from gemwright.data.shapes import TRAINED, ChatMessage, entry_of
-from gemwright.errors import InputError
 from gemwright.report import say
 
-__all__ = ["ChatMessage", "Example", "iter_examples", "read_examples", "split_examples"]
+__all__ = ["ChatMessage", "Example", "examples_in", "iter_examples", "read_examples"]
 
 NOT_TRAINED: Final = "pairs of a chosen and a rejected answer, which 'gemwright tune' does not train on yet"
 
@@ -39,8 +37,13 @@ def iter_examples(path: Path) -> Iterator[Example]:
 
     Formats and containers: docs/data.md. InputError (with the line) where the file or a row cannot be trained on.
     """
+    yield from examples_in(locate(path, say).files, path)
+
+
+def examples_in(files: Sequence[Path], name: Path) -> Iterator[Example]:
+    """As `iter_examples`, of the `files` that the data `name` means."""
     found = False
-    for file in locate(path, say).files:
+    for file in files:
         for record in DataFile(file).records():
             where = f"{file}, {record.unit} {record.line}"
             if record.fault:
@@ -51,13 +54,4 @@ def iter_examples(path: Path) -> Iterator[Example]:
             found = True
             yield Example(entry.trained, record.line, file)
     if not found:
-        raise DataFault("D001", "no examples in it", where=path, fix=WRITE_ROWS)
-
-
-def split_examples(examples: Sequence[Example], held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held out) in the file's order; the same seed always holds out the same examples."""
-    if not 0 <= held_out < len(examples):
-        raise InputError(f"cannot hold out {held_out} of {len(examples)} examples", fix="Hold out fewer.")
-    chosen = set(random.Random(seed).sample(range(len(examples)), held_out))
-    kept = [example for index, example in enumerate(examples) if index not in chosen]
-    return kept, [examples[index] for index in sorted(chosen)]
+        raise DataFault("D001", "no examples in it", where=name, fix=WRITE_ROWS)

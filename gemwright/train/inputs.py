@@ -25,7 +25,6 @@ from gemwright.train.samples import Prompt, read_prompts
 from gemwright.train.setup import check_compute, check_placing, choose_device
 from gemwright.train.validate import hold_out
 from gemwright.train.writers import check_installed
-from gemwright.weights.digest import sha256_file
 from gemwright.weights.model_file import ModelFile, open_model
 from gemwright.weights.pull import resolve_model
 
@@ -48,6 +47,7 @@ class Inputs:
     examples: Sequence[Encoded]
     validation: Sequence[Encoded] | None
     record: dict[str, Any]
+    tokenizer: Tokenizer
     prompts: list[Prompt] | None = None
 
 
@@ -66,21 +66,21 @@ def read_inputs(config: TrainConfig) -> Inputs:
             f"{config.seq} tokens exceed the model's context", where="--seq", fix=f"Use {file.spec.context} at most."
         )
     check_targets(file.spec, config.rank, config.targets)
-    encode = Tokenizer.from_model(file).encode
-    prompts = read_prompts(config.sample_prompts, encode, config.seq) if config.sample_prompts else None
-    validation: Sequence[Encoded] | None = None
-    prepared = partial(prepare, encode=encode, train_on=config.train_on, seq=config.seq, workers=config.threads)
-    stores = [prepared(name, on_progress=spoken(say)).examples for name in (config.data, config.validation) if name]
-    examples: Sequence[Encoded] = stores[0]
-    if config.validation:
-        validation = stores[1]
+    tokenizer = Tokenizer.from_model(file)
+    encode, asked = tokenizer.encode, config.sample_prompts
+    prompts = read_prompts(asked, encode, config.seq) if asked else None
+    make = partial(prepare, encode=encode, train_on=config.train_on, seq=config.seq, workers=config.threads)
+    data = make(config.data, on_progress=spoken(say))
+    held = make(config.validation, on_progress=spoken(say)) if config.validation else None
+    examples: Sequence[Encoded] = data.examples
+    validation: Sequence[Encoded] | None = held.examples if held else None
     if config.holdout:
         examples, validation = hold_out(examples, config.holdout, config.seed)
     record = config.model_dump(mode="json") | {
-        "data": str(config.data.absolute()),
+        "data": _place(config.data),
         "model": _place(config.model),
-        "validation": None if config.validation is None else str(config.validation.absolute()),
-        "sample_prompts": None if config.sample_prompts is None else str(config.sample_prompts.absolute()),
+        "validation": config.validation and _place(config.validation),
+        "sample_prompts": asked and _place(asked),
         "alpha": config.scaled_alpha,
         "compute": "fp8" if config.compute == "fp8" else str(dtype).removeprefix("torch."),
         "device": device.type,
@@ -88,12 +88,14 @@ def read_inputs(config: TrainConfig) -> Inputs:
         "examples": len(examples),
         "validation_examples": len(validation or []),
         "base": {"path": str(file.path.absolute()), "size": file.spec.name, "type": file.quantization},
-        "data_sha256": _file_digest(config.data),
-        "validation_sha256": _file_digest(config.validation),
-        "tokens_sha256": hashlib.sha256("".join(store.sha256 for store in stores).encode()).hexdigest(),
+        "data_sha256": data.data_sha256,
+        "validation_sha256": held and held.data_sha256,
+        "tokens_sha256": hashlib.sha256(
+            "".join(each.examples.sha256 for each in (data, held) if each).encode()
+        ).hexdigest(),
         "versions": {"gemwright": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    return Inputs(config, file, device, dtype, examples, validation, record, prompts)
+    return Inputs(config, file, device, dtype, examples, validation, record, tokenizer, prompts)
 
 
 def settings_of(record: Mapping[str, Any], out: Path, **limits: Any) -> TrainConfig:
@@ -138,11 +140,6 @@ def say_versions(record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         say(f"other versions than at the start ({', '.join(changed)}): results may differ in their last bits")
 
 
-def _file_digest(path: Path | None) -> str | None:
-    """SHA-256 of a file; None where there is none, or a folder, whose tokens' digest has to do."""
-    return sha256_file(path) if path is not None and path.is_file() else None
-
-
-def _place(model: str | Path) -> str:
-    """A model's path from everywhere, or its name."""
-    return str(Path(model).absolute()) if Path(model).exists() else str(model)
+def _place(name: str | Path) -> str:
+    """The path, from everywhere, of a model or data that is here; else its name on the Hub."""
+    return str(Path(name).absolute()) if Path(name).exists() else str(name)

@@ -11,7 +11,6 @@ import torch
 from gemwright.errors import GemwrightError
 from gemwright.report import say
 from gemwright.runs import RunFolder
-from gemwright.text.tokenizer import Tokenizer
 from gemwright.train.about import add_session
 from gemwright.train.inputs import Inputs
 from gemwright.train.plot import Plots
@@ -34,9 +33,8 @@ class Observers:
         self._samples: Samples | None = None
         self._is_closed = False
         if inputs.validation:
-            tokenizer = Tokenizer.from_model(inputs.file)
-            prompts = inputs.prompts or first_prompts(inputs.validation, tokenizer.decode, config.seq)
-            self._samples = Samples(setup, run, prompts, tokenizer, config.seq)
+            prompts = inputs.prompts or first_prompts(inputs.validation, inputs.tokenizer.decode, config.seq)
+            self._samples = Samples(setup, run, prompts, inputs.tokenizer, config.seq)
             self._samples.look = lambda row: self._tell(lambda writer: writer.after_sample(row))
 
     def after_step(self, row: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gemwright.data.locate import locate
-from gemwright.data.read import Example, iter_examples
+from gemwright.data.read import Example, examples_in
 from gemwright.data.store import FORMAT, DamagedStore, Stored, StoreWriter, read_meta
 from gemwright.errors import InputError, MachineError
 from gemwright.host import read_cpu
@@ -38,11 +38,15 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A store and how it came about: `workers` processes took `seconds`; both 0 where it was there already."""
+    """A store and how it came about: `workers` processes took `seconds`; both 0 where it was there already.
+
+    `data_sha256` is of the data's file, or of the names and digests of several.
+    """
 
     examples: Stored
-    workers: int
-    seconds: float
+    data_sha256: str
+    workers: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class _Input:
 
     files: tuple[Path, ...]
     sha256: str
+    data_sha256: str
     bytes: int
     lines: int
     stamp: tuple[tuple[int, int], ...]
@@ -83,13 +88,13 @@ def prepare(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = stores() / key
     with _alone(folder, report):
-        prepared = _kept(folder, report)
+        prepared = _kept(folder, found, report)
         if prepared is None:
             start, used = time.monotonic(), _workers(workers, found.bytes, report)
             about = {"name": data.name, "settings": settings}
-            with closing(tokenised(iter_examples(data), encode, train_on, used)) as batches:
+            with closing(tokenised(examples_in(found.files, data), encode, train_on, used)) as batches:
                 _make(folder, data, found, batches, about, on_progress)
-            prepared = Prepared(Stored(folder), used, time.monotonic() - start)
+            prepared = Prepared(Stored(folder), found.data_sha256, used, time.monotonic() - start)
     _check_lengths(prepared.examples, seq, found.files)
     return prepared
 
@@ -135,7 +140,7 @@ def clear() -> int:
 
 def _look(data: Path, report: Report) -> _Input:
     files = locate(data, report).files
-    digest, lines = hashlib.sha256(), 0
+    digest, own, lines = hashlib.sha256(), hashlib.sha256(), 0
     for file in files:
         own = hashlib.sha256()
         try:
@@ -151,7 +156,9 @@ def _look(data: Path, report: Report) -> _Input:
         digest.update(json.dumps([file.name, own.hexdigest()]).encode())
     countable = all(file.suffix.lower() in _LINES for file in files)
     stamp = _stamp(files)
-    return _Input(files, digest.hexdigest(), sum(size for size, _ in stamp), lines if countable else 0, stamp)
+    sha256 = digest.hexdigest()
+    data_sha256 = own.hexdigest() if len(files) == 1 else sha256
+    return _Input(files, sha256, data_sha256, sum(size for size, _ in stamp), lines if countable else 0, stamp)
 
 
 def _stamp(files: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
@@ -178,11 +185,11 @@ def _alone(folder: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _kept(folder: Path, report: Report) -> Prepared | None:
+def _kept(folder: Path, found: _Input, report: Report) -> Prepared | None:
     if not folder.exists():
         return None
     try:
-        return Prepared(Stored(folder), 0, 0.0)
+        return Prepared(Stored(folder), found.data_sha256)
     except DamagedStore as damage:
         report(f"prepared data is damaged ({damage.what}); preparing again")
         return None

@@ -83,13 +83,17 @@ def hub() -> Iterator[FakeHub]:
     server.server_close()
 
 
-def data_check(hub: FakeHub, home: Path, name: str = REPO, **env: str) -> subprocess.CompletedProcess[str]:
+def gemwright(hub: FakeHub, home: Path, *words: object, **env: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     new = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "GEMWRIGHT_HOME": str(home / "gw"), "NO_PROXY": "*"}
-    command = [sys.executable, "-m", "gemwright", "data", "check", name, "--json"]
+    command = [sys.executable, "-m", "gemwright", *map(str, words)]
     return subprocess.run(
         command, env=kept | new | env, cwd=home, capture_output=True, encoding="utf-8", timeout=120, check=False
     )
+
+
+def data_check(hub: FakeHub, home: Path, name: str = REPO, **env: str) -> subprocess.CompletedProcess[str]:
+    return gemwright(hub, home, "data", "check", name, "--json", **env)
 
 
 def test_a_data_set_by_name(hub: FakeHub, tmp_path: Path) -> None:
@@ -127,3 +131,13 @@ def test_without_a_network(hub: FakeHub, tmp_path: Path) -> None:
     hub.url = "http://127.0.0.1:9"
     done = data_check(hub, tmp_path)
     assert done.returncode == 1 and "no connection to http://127.0.0.1:9" in done.stderr.splitlines()[-1]
+
+
+def test_a_run_on_a_data_set_by_name_is_gone_on_with(hub: FakeHub, tmp_path: Path, tiny_model: Path) -> None:
+    words = ("--model", tiny_model, "--out", "run", "--max-steps", 4, "--save-every", 1, "--max-hours", 1e-9)
+    stopped = gemwright(hub, tmp_path, "tune", REPO, *words, "--rank", 2, "--seq", 16, "--tokens-per-step", 16)
+    assert stopped.returncode == 0 and "go on with" in stopped.stderr, stopped.stderr
+    assert sum("/revision/" in path for path in hub.asked) == 1
+
+    done = gemwright(hub, tmp_path, "runs", "resume", "run", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 4, done.stderr

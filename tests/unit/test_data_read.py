@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemwright.data.read import Example, read_examples, split_examples
+from gemwright.data.read import read_examples
 from gemwright.errors import GemwrightError, InputError
 
 GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
@@ -113,13 +113,3 @@ def test_any_bytes_give_examples_or_one_line(tmp_path_factory: pytest.TempPathFa
         assert read_examples(path)
     except GemwrightError as error:
         assert error.exit_code == 2
-
-
-def test_split_is_deterministic_and_whole() -> None:
-    examples = [Example((), line) for line in range(20)]
-    kept, held_out = split_examples(examples, 5, seed=1)
-    assert sorted(kept + held_out, key=lambda example: example.line) == examples
-    assert (len(held_out), split_examples(examples, 5, seed=1)) == (5, (kept, held_out))
-    assert split_examples(examples, 5, seed=2) != (kept, held_out)
-    with pytest.raises(InputError, match="cannot hold out 20 of 20"):
-        split_examples(examples, 20, seed=0)
