@@ -189,8 +189,8 @@ def check(
     checked = Checked([DataFile(path) for path in found.files], list(found.skipped), lengths=lengths)
     seen, places = Fingerprints(), Places()
     for verdict in judged(checked.files, on_progress):
-        if _take(verdict, checked):
-            seen.add(verdict.entry)  # type: ignore[arg-type]
+        if entry := _taken(verdict, checked):
+            seen.add(entry)
             places.add(verdict)
     if len(seen) > MOST_AT_ONCE:
         on_progress(1.0, "comparing rows")
@@ -201,8 +201,8 @@ def check(
     return checked
 
 
-def _take(verdict: Verdict, checked: Checked) -> bool:
-    """Count one verdict with all that is found in its row; whether the row is kept."""
+def _taken(verdict: Verdict, checked: Checked) -> Entry | None:
+    """Count one verdict with all that is found in its row; the row if it is kept."""
     tally, file, line = checked.tally, str(verdict.file.path), verdict.line
     checked.records[file] += verdict.is_row
     if verdict.entry is None:
@@ -210,18 +210,18 @@ def _take(verdict: Verdict, checked: Checked) -> bool:
             tally.note(verdict.fault)
             if verdict.is_row:
                 tally.drop(verdict.fault.code)
-        return False
+        return None
     entry = verdict.entry
     if checked.lengths and (too_long := checked.lengths.add(entry, line)):
         tally.note(Finding("D050", line, too_long, file))
         tally.drop("D050")
-        return False
+        return None
     for finding in (*screen(entry, line, file), *_lookalikes(entry, line, file)):
         tally.note(finding)
     if entry.format not in checked.first:
         checked.first[entry.format] = Finding("D007", line, entry.format, file)
     tally.keep(entry.format)
-    return True
+    return entry
 
 
 def _lookalikes(entry: Entry, line: int, file: str) -> Iterator[Finding]:

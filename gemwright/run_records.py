@@ -100,8 +100,8 @@ def read_run(path: Path) -> RunFiles:
     if not is_run(path):
         raise InputError("not a run folder", where=path, fix="See 'gemwright runs list'.")
     folder, damaged = RunFolder(path), list[str]()
-    config, about = (_object(path / name, damaged) for name in ("config.json", "about.json"))
-    summary = _object(path / "summary.json", damaged)
+    config, about = (read_object(path / name, damaged) for name in ("config.json", "about.json"))
+    summary = read_object(path / "summary.json", damaged)
     metrics, evaluations = folder.metrics(), folder.evaluations()
     last, best, best_step = _evaluated(evaluations)
     record = RunRecord(
@@ -186,7 +186,8 @@ def _checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _object(file: Path, damaged: list[str]) -> dict[str, Any]:
+def read_object(file: Path, damaged: list[str]) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none, or (named in `damaged`) where it is damaged."""
     if not file.is_file():
         return {}
     with suppress(OSError, ValueError):

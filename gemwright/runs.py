@@ -138,7 +138,7 @@ class Lines:
 
 
 class RunFolder:
-    """One run on disk: config, metrics, evaluations, checkpoints, the adapter, a summary (layout: docs/index.md).
+    """One run on disk: config, metrics, evaluations, checkpoints, the adapter, a summary (layout: docs/runs.md).
 
     A new run refuses a folder that already holds something, so that nothing older is lost. Whoever writes holds `lock`,
     which the system takes back from a process that died.

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from gemwright.data.codes import DataFault
 from gemwright.data.records import ESCAPED_BYTE, LONGEST_BYTES, Record
+from gemwright.errors import needed
 
 _BLOCK_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -37,7 +38,7 @@ class _Window:
     def sign(self) -> str:
         """The next character that is no space; "" at the end."""
         while True:
-            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            self.at = needed(_SPACE.match(self.text, self.at)).end()
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self.grow()

@@ -217,7 +217,8 @@ def _refuse_wide(path: Path, head: bytes) -> None:
         raise DataFault("D003", "is no text and no known kind of file", where=path, fix=_KINDS)
 
 
-def _json_lines(path: Path, stream: BinaryIO) -> Iterator[Record]:
+def _text_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, str, str | DataFault]]:
+    """(number, place to name in errors, text or what is wrong with it) of each line."""
     number = 0
     while raw := stream.readline(LONGEST_BYTES):
         number += 1
@@ -225,9 +226,18 @@ def _json_lines(path: Path, stream: BinaryIO) -> Iterator[Record]:
         try:
             if len(raw) == LONGEST_BYTES and not raw.endswith(b"\n"):
                 raise _too_long(where, len(raw) + skip_line(stream))
-            text = _text(raw, where)
+            yield number, where, _text(raw, where)
+        except DataFault as fault:
+            yield number, where, fault
+
+
+def _json_lines(path: Path, stream: BinaryIO) -> Iterator[Record]:
+    for number, where, text in _text_lines(path, stream):
+        try:
+            if isinstance(text, DataFault):
+                raise text
             if not text.isspace():
-                yield Record(number, "line", parse_json(text, where, is_last=not raw.endswith(b"\n")))
+                yield Record(number, "line", parse_json(text, where, is_last=not text.endswith("\n")))
         except DataFault as fault:
             yield Record(number, "line", None, fault)
 
@@ -279,16 +289,10 @@ def _passages(path: Path, stream: BinaryIO) -> Iterator[Record]:
     """Plain text, cut at the first empty line after every 2,000 characters; `line` is where a passage begins."""
     ready: Record | None = None
     parts: list[str] = []
-    number, first, size = 0, 1, 0
-    while raw := stream.readline(LONGEST_BYTES):
-        number += 1
-        where = f"{path}, line {number}"
-        try:
-            if len(raw) == LONGEST_BYTES and not raw.endswith(b"\n"):
-                raise _too_long(where, len(raw) + skip_line(stream))
-            text = _text(raw, where)
-        except DataFault as fault:
-            yield Record(number, "line", None, fault)
+    first, size = 1, 0
+    for number, _, text in _text_lines(path, stream):
+        if isinstance(text, DataFault):
+            yield Record(number, "line", None, text)
             continue
         if not parts:
             first, size = number, 0

@@ -19,7 +19,7 @@ from gemwright import __version__
 from gemwright.errors import GemwrightError
 from gemwright.machine import inspect
 from gemwright.report import command, say
-from gemwright.run_records import read_run
+from gemwright.run_records import read_object
 from gemwright.runs import RunFolder, write_json
 
 GIT_S = 2.0
@@ -119,5 +119,5 @@ def _machine() -> dict[str, Any]:
 
 def _known(run: RunFolder) -> dict[str, Any]:
     """What earlier processes noted; nothing where the file is damaged."""
-    about = read_run(run.path).about
+    about = read_object(run.path / "about.json", [])
     return about if isinstance(about.get("sessions", []), list) else {}

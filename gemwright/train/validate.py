@@ -34,11 +34,12 @@ def validate(
     None where `stops` said so in between.
     """
     start, nll, labelled = time.perf_counter(), 0.0, 0
-    packed = [[examples[i] for i in members] for members in pack(examples, seq, 0, 0)]
-    for first in range(0, len(packed), rows_at_once):
+    rows = pack(examples, seq, 0, 0)
+    for first in range(0, len(rows), rows_at_once):
         if stops():
             return None
-        done = forward_loss(setup.model, setup.rows(packed[first : first + rows_at_once]), setup.work)
+        packed = [[examples[i] for i in members] for members in rows[first : first + rows_at_once]]
+        done = forward_loss(setup.model, setup.rows(packed), setup.work)
         nll, labelled = nll + float(done.nll), labelled + done.labelled
     return Validation(nll / labelled, labelled, time.perf_counter() - start)
 
