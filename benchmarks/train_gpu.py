@@ -177,8 +177,8 @@ def planned(case: Case, file, device):
     return plan_for(config_of(case, file), file, device, link_share=1 / case.link_copies)
 
 
-def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, float], aside_s: float) -> dict:
-    """Measure `case`, its layers keeping what they keep in `like`."""
+def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, float], aside_s: float | None) -> dict:
+    """Measure `case`, its layers keeping what they keep in `like`; None for `aside_s`: the command began earlier."""
     import psutil
     import torch
 
@@ -239,7 +239,7 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
         "step_s_spread": [min(times[warm:]), max(times[warm:])],
         "first_step_s": times[0],
         "ready_s": ready_s,
-        "command_to_first_step_s": first_s - aside_s,
+        "command_to_first_step_s": None if aside_s is None else first_s - aside_s,
         "waiting_share": statistics.median(waits[warm:]) / step_s,
         "limit_tokens_per_s": tokens / best_s,
         "share_of_limit": best_s / step_s,
@@ -318,9 +318,9 @@ def run_all(cases: list[Case], options: argparse.Namespace) -> list[dict]:
     start = time.perf_counter()
     model_path(cases[0], options.models)
     limit, rows = limit_s(cases[0]), []
-    for case in cases:
-        rows.append(run(case, cases[0], options.models, options.steps, limit, time.perf_counter() - start))
-        start = -1e9  # only the first case of a process begins with its command
+    for case in cases:  # of which only the first begins with the process
+        aside_s = None if rows else time.perf_counter() - start
+        rows.append(run(case, cases[0], options.models, options.steps, limit, aside_s))
         gc.collect()
     return rows
 
@@ -338,12 +338,14 @@ def child(cases: list[Case], options: argparse.Namespace) -> list[dict]:
     rows = [json.loads(line) for line in done.stdout.strip().splitlines()]
     for row in rows:
         peak, predicted = row["peak_reserved_bytes"] / GIB, row["predicted_peak_bytes"] / GIB
+        since_s = row["command_to_first_step_s"]
+        since = f"first {row['first_step_s']:.1f} after {row['ready_s']:.1f}"
+        since += "" if since_s is None else f", {since_s:.1f} from the command"
         print(
             f"{row['case']:34} {row['tokens_per_s']:8.0f} tok/s  share {row['share_of_limit']:.2f}  "
             f"waiting {row['waiting_share']:.2f}  peak {peak:.2f} (predicted {predicted:.2f}) GiB  "
             f"host {row['peak_host_bytes'] / GIB:.1f}  step {row['step_s']:.3f} "
-            f"(predicted {row['predicted_step_s']:.3f})  first {row['first_step_s']:.1f} after {row['ready_s']:.1f}, "
-            f"{row['command_to_first_step_s']:.1f} from the command",
+            f"(predicted {row['predicted_step_s']:.3f})  {since}",
             file=sys.stderr,
         )
     return rows
