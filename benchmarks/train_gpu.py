@@ -70,7 +70,7 @@ TABLE = [
 ]
 MORE = [
     Case("27b", 4, 2048, residency="streamed"),
-    Case("27b", 4, 2048, quantization="Q4_K"),
+    Case("27b", 4, 2048, quantization="Q4_K_M"),
     Case("12b", 4, 2048, quantization="Q8_0"),
     Case("12b", 1, 2048, source="pinned"),
     Case("12b", 1, 2048, source="pageable"),
@@ -182,7 +182,7 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
     import psutil
     import torch
 
-    from gemwright.plan.training import itemise
+    from gemwright.plan.training import estimate, itemise
     from gemwright.train.batches import Encoded
     from gemwright.train.memory import peak_rss_bytes
     from gemwright.train.optimizer import Optimizer
@@ -199,7 +199,8 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
     plan = planned(like, file, device)
     if case != like:
         plan = replace(planned(case, file, device), keep=plan.keep, on_host=(False,) * file.spec.layers)
-        plan = itemise(job_of(config, file), plan)
+        job = job_of(config, file)
+        plan = estimate(job, itemise(job, plan), card_here(device))
     lora = new_lora(config, file, device, torch.bfloat16)
     setup = on_gpu(plan, config, file, lora, device, torch.bfloat16)
     if case.link_copies > 1:

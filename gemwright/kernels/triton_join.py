@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 128
+# Values of a program: sixteen a thread, whatever the rank, so that none has to be put aside.
+_VALUES = 2048
 
 
 @triton.jit
@@ -28,7 +29,8 @@ def join(master: Tensor, table: Tensor, scale: float, rank: int, width: int, row
     `table` int64 [parts, 6] on the device: place of B in `master` (fp32; -1 for zeros), its rows, the address of its
     first tail value (bf16), the pitch there, its first column within the tail, the columns of the tail.
     """
-    blocks = -(-rows // _ROWS)
-    grid = (blocks * table.shape[0],)
     power = 1 << (width - 1).bit_length()
-    _join_adapters_kernel[grid](master, table, scale, blocks, RANK=rank, WIDTH=power, ROWS=_ROWS, num_warps=4)
+    each = max(1, _VALUES // power)
+    blocks = -(-rows // each)
+    grid = (blocks * table.shape[0],)
+    _join_adapters_kernel[grid](master, table, scale, blocks, RANK=rank, WIDTH=power, ROWS=each, num_warps=4)

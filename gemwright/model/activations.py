@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemwright.model.layer import LayerPass
 from gemwright.model.pinned import Locks, host_buffer, touch
+from gemwright.model.waits import Waits
 from gemwright.report import say
 
 _ALIGN = 256
@@ -57,7 +58,7 @@ class Offloaded:
     At most two layers are on their way out and one on its way in, which bounds the device memory they take.
     """
 
-    def __init__(self, on_host: Sequence[bool], device: torch.device) -> None:
+    def __init__(self, on_host: Sequence[bool], device: torch.device, waits: Waits | None = None) -> None:
         self._on_host, self._device = on_host, device
         self._here = OnDevice()
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
@@ -69,6 +70,7 @@ class Offloaded:
         self._pool = ThreadPoolExecutor(_AHEAD)
         self._coming: deque[Future[Tensor]] = deque()
         self._refused = False
+        self.waits = waits or Waits()
         self.copies = 1  # more of them stand for a slower link
 
     def put(self, layer: int, row: int, x: Tensor, visit: LayerPass) -> None:
@@ -108,7 +110,7 @@ class Offloaded:
         if not self._on_host[layer]:
             return self._here.take(layer, row, visit)
         event, tensors = self._back.pop((layer, row))
-        torch.cuda.current_stream(self._device).wait_event(event)
+        self.waits.wait(self._device, event)
         visit.restore(tensors[1:])
         return tensors[0]
 

@@ -17,10 +17,10 @@ from gemwright.model.fp8 import Fp8Scratch
 from gemwright.model.residency import LayerWeights, layer_norms, new_matrices
 from gemwright.model.sources import LayerBytes, Source, SourceKind, open_source
 from gemwright.model.unpacked import unpack
+from gemwright.model.waits import Waits
 from gemwright.weights.model_file import ModelFile
 
 _EMBED_ROWS = 8192
-Waits = list[tuple[torch.cuda.Event, torch.cuda.Event]]
 
 
 def spread(count: int, of: int) -> list[int]:
@@ -48,6 +48,7 @@ class StreamedResidency:
         source: SourceKind = "auto",
         head_rows: int = 8192,
         fp8: bool = False,
+        waits: Waits | None = None,
     ) -> None:
         self.spec, self.dtype, self.device, self._file = file.spec, dtype, device, file
         self.vocab = self.spec.vocab
@@ -73,7 +74,7 @@ class StreamedResidency:
         order = [*range(self.spec.layers), *reversed(range(self.spec.layers))]
         self._order, self._at = order, 0
         self._wanted = [self._ahead(at, order, count) for at in range(len(order))]
-        self._waits: Waits = []
+        self.waits = waits or Waits()
         self._prefetch(self._ahead(-1, order, count))
 
     @property
@@ -112,11 +113,6 @@ class StreamedResidency:
         """Rows of the tied head for `ids` [N], fp32 [N, hidden]."""
         out = torch.empty(len(ids), self.spec.hidden, dtype=torch.float32, device=self.device)
         return unpack(self._embed.index_select(0, ids), self._file.tensors["embed"].qtype, out)
-
-    def waited_s(self) -> float:
-        """Seconds that the computation waited for weights since the last call; the device must be idle."""
-        waits, self._waits = self._waits, []
-        return float(sum(before.elapsed_time(after) for before, after in waits)) / 1000
 
     def close(self) -> None:
         """Unlock host memory and let go of the device's; nothing can be asked for afterwards."""
@@ -197,13 +193,7 @@ class StreamedResidency:
         slot = self._slot_of[index]
         arrival = self._arrivals.pop(slot, None)
         if arrival is not None:
-            inside = torch.cuda.is_current_stream_capturing()
-            before, after = (torch.cuda.Event(enable_timing=True, external=inside) for _ in range(2))
-            now = torch.cuda.current_stream(self.device)
-            before.record(now)
-            now.wait_event(arrival())
-            after.record(now)
-            self._waits.append((before, after))
+            self.waits.wait(self.device, arrival())
         return slot
 
     def place(self) -> tuple[object, ...]:
@@ -225,8 +215,3 @@ class StreamedResidency:
         self._arrivals.clear()
         self._free = [self._event() for _ in self._slots]
         self._prefetch(self._ahead(-1, self._order, len(self._slots)))
-
-    def swap_waits(self, waits: Waits) -> Waits:
-        """Have `waited_s` tell of these waits; those it would have told of. A replayed step records its own anew."""
-        waits, self._waits = self._waits, list(waits)
-        return waits

@@ -20,8 +20,9 @@ Purpose = Literal["run", "tune", "serve"]
 GIB = 1 << 30
 # What a training process holds beside the model's file and its activations: PyTorch, CUDA's library, Python.
 TRAINER_BYTES = int(1.35 * GIB)
-# A long run of products is slower than a short one, as the card's power limit has it; so is real work than a copy.
-SUSTAINED = {"bf16_flops": 0.85, "memory_bytes_s": 0.8}
+# A long run of products is slower than a short one, as the card's power limit has it; so is real work than a copy, and
+# a copy beside others.
+SUSTAINED = {"bf16_flops": 0.83, "memory_bytes_s": 0.96, "link_bytes_s": 0.95}
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
 # From this width on a CPU's products are as fast as they get.
@@ -115,8 +116,9 @@ def budget_of(rig: Rig, work: Work) -> int:
 def card_of(rig: Rig) -> Card:
     """What the rig's GPU sustains: of what a probe measured in a moment a part, of a catalogue's figures all."""
     gpu = needed(rig.gpu)
-    shares = [SUSTAINED[what] if rig.basis.get(f"gpu.{what}", "").startswith("measured") else 1.0 for what in SUSTAINED]
-    return Card(gpu.bf16_flops * shares[0], gpu.link_bytes_s, gpu.memory_bytes_s * shares[1])
+    shares = {w: s if rig.basis.get(f"gpu.{w}", "").startswith("measured") else 1.0 for w, s in SUSTAINED.items()}
+    flops, memory, link = (getattr(gpu, what) * share for what, share in shares.items())
+    return Card(flops, link, memory)
 
 
 def room_for_activations(available: int, file_bytes: int) -> int:

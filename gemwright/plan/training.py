@@ -7,11 +7,12 @@ Time is estimated from the card's measured speed and that of its link; memory by
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
-from gemwright.errors import DoesNotFit
+from gemwright.errors import DoesNotFit, needed
 from gemwright.layout import (
     FEW,
     GROUPS,
@@ -34,7 +35,7 @@ MIB = 1 << 20
 # What PyTorch's matrix library takes for itself.
 LIBRARY_BYTES = 72 * MIB
 # What that takes again for steps that are replayed, whose memory is apart.
-GRAPH_BYTES = 32 * MIB
+GRAPH_BYTES = 56 * MIB
 # What the allocator cannot hand out again between blocks: of those that come and go, of those that stay a step, of all.
 SLACK, KEPT_SLACK, MOST_SLACK = 0.22, 0.008, 0.025
 MICRO_TOKENS = 8192
@@ -43,21 +44,24 @@ CHAT_LABELLED = (0.3, 0.35)
 CHUNKS = (8192, 4096, 2048, 1024)
 HOST_SHARE = 0.7
 # Bytes a second over a link that is busy both ways, beside those of one way.
-BOTH_WAYS = 1.4
+BOTH_WAYS = 1.57
 # Products of more rows times columns than these run faster, by this power of them.
-PROBED_SIZE, SIZE_GAIN = 2048 * 3840, 0.06
+PROBED_SIZE, SIZE_GAIN = 2048 * 3840, 0.036
 # How fast attention and the thin products of adapters are beside other products.
-ATTENTION_SHARE, ADAPTER_SHARE = 0.45, 0.5
+ATTENTION_SHARE, ADAPTER_SHARE = 0.48, 0.92
 # What a layer costs the CPU that launches its kernels.
 LAUNCH_UP_S, LAUNCH_DOWN_S = 0.6e-3, 1.3e-3
 # The share of a step's other time from which on launching is left to a graph, and what then remains of it.
 GRAPH_SHARE, GRAPHED = 0.25, 0.1
 # What a step costs beside its layers: its rows are made and copied, the optimizer runs.
-STEP_S, STEP_TOKEN_S = 3e-3, 1.2e-6
+STEP_S, STEP_TOKEN_S = 4.8e-3, 1e-6
 # How much faster than in bf16 the products of a layer are in fp8, their rounding and that of the weights included.
 FP8_GAIN = 1.5
-# Of the layers, how many are tried as residents.
+# Of the layers, how many are tried as residents; of those that wait in RAM, how many as keeping one level less.
 SHARES = tuple(i / 16 for i in range(17))
+LESS = (0.25, 0.5, 0.75)
+# Of the budget, what is left free for what no plan foresees.
+RESERVE = 0.01
 
 
 class Card(NamedTuple):
@@ -97,8 +101,12 @@ class Job:
 
     def tail(self, group: str) -> int:
         """Columns that the adapters add to a group's input."""
-        width = self.rank * sum(part in self.targets for part in GROUPS[group])
-        return rounded(width, TAIL_STEP)
+        return self._tails[group]
+
+    @cached_property
+    def _tails(self) -> Mapping[str, int]:
+        widths = {group: self.rank * sum(p in self.targets for p in parts) for group, parts in GROUPS.items()}
+        return {group: rounded(width, TAIL_STEP) for group, width in widths.items()}
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,7 @@ def arrange(
 
     Raises DoesNotFit naming the bytes of the smallest arrangement.
     """
+    usable = int(budget * (1 - RESERVE))
     best: Arrangement | None = None
     smallest: Arrangement | None = None
     shares = {"auto": SHARES, "resident": (1.0,), "streamed": (0.0,)}[residency]
@@ -166,11 +175,11 @@ def arrange(
         fitting = 0
         for chunk in sorted({min(c, joined * job.row_tokens) for c in CHUNKS}, reverse=True):
             found = False
-            for candidate in _candidates(job, budget, host_free, shares, keeps, joined, chunk):
+            for candidate in _candidates(job, usable, host_free, shares, keeps, joined, chunk):
                 made = estimate(job, candidate, card)
                 if smallest is None or made.predicted_bytes < smallest.predicted_bytes:
                     smallest = made
-                if made.predicted_bytes <= budget:
+                if made.predicted_bytes <= usable:
                     found = True
                     best = made if best is None or made.step_s < best.step_s * 0.995 else best
             fitting += found
@@ -182,12 +191,26 @@ def arrange(
     if best is None:
         if smallest is None:
             raise RuntimeError("no arrangement was tried")
+        least = int(smallest.predicted_bytes / (1 - RESERVE)) + 1
         raise DoesNotFit(
-            f"this fine-tune needs at least {size(smallest.predicted_bytes)} of video memory, {size(budget)} are given",
+            f"this fine-tune needs at least {size(least)} of video memory, {size(budget)} are given",
             where="--vram",
-            fix=f"Give --vram {smallest.predicted_bytes / 2**30 + 0.005:.2f}GiB, or a smaller --seq or --rank.",
+            fix=f"Give --vram {least / 2**30 + 0.005:.2f}GiB, or a smaller --seq or --rank.",
         )
+    for made in _mixed(job, usable, card, shares, keeps, best):
+        best = made if made.step_s < best.step_s * 0.995 else best
     return best
+
+
+def _mixed(
+    job: Job, budget: int, card: Card, shares: Sequence[float], keeps: Sequence[Keep], plan: Arrangement
+) -> Iterator[Arrangement]:
+    """Arrangements like `plan` in which some of the layers that wait in RAM keep one level less."""
+    host = plan.keep[0]
+    for less in LESS if plan.on_host[0] and host - 1 in keeps else ():
+        for made in _filled(job, budget, plan.joined, plan.chunk, host, plan.keep[-1], shares, less):
+            if made.predicted_bytes <= budget:
+                yield estimate(job, made, card)
 
 
 def _joins(job: Job) -> list[int]:
@@ -216,7 +239,14 @@ def _candidates(
 
 
 def _filled(
-    job: Job, budget: int, joined: int, chunk: int, host: Keep, device: Keep, shares: Sequence[float]
+    job: Job,
+    budget: int,
+    joined: int,
+    chunk: int,
+    host: Keep,
+    device: Keep,
+    shares: Sequence[float],
+    less: float = 0.0,
 ) -> Iterator[Arrangement]:
     """With more and more resident layers, until they alone are too many."""
     long = joined * job.row_tokens > chunk
@@ -227,23 +257,33 @@ def _filled(
         slots = min(2, layers - resident)
         # The backward begins with the last layers, so they stay; of a long row even they are too much.
         here = 2 if 2 * each < budget // 16 else 0
-        while True:
-            keep, on_host = _placed(layers, here, host, device)
+        fitting: Arrangement | None = None
+        while here <= layers:
+            keep, on_host = _placed(layers, here, host, device, less)
             plan = itemise(job, Arrangement(resident, slots, keep, on_host, joined, chunk, positions, head_rows))
             spare = budget - plan.predicted_bytes
-            more = max(0, min(layers - here, int(spare / (1 + KEPT_SLACK)) // max(1, each)))
-            if not more:
+            if spare < 0 and fitting is not None:
                 break
-            here += more
-        yield plan
-        if spare < 0 and resident:
+            fitting = plan
+            if spare < 0:
+                break
+            here += max(1, min(layers - here, int(spare / (1 + KEPT_SLACK)) // max(1, each)))
+        yield needed(fitting)
+        if resident and needed(fitting).predicted_bytes > budget:
             return
 
 
-def _placed(layers: int, here: int, host: Keep, device: Keep) -> tuple[tuple[Keep, ...], tuple[bool, ...]]:
-    """The last `here` layers keep on the device, where the backward begins; those below wait on the host."""
-    keep = tuple(device if i >= layers - here else host for i in range(layers))
-    return keep, tuple(i < layers - here for i in range(layers))
+def _placed(
+    layers: int, here: int, host: Keep, device: Keep, less: float = 0.0
+) -> tuple[tuple[Keep, ...], tuple[bool, ...]]:
+    """The last `here` layers keep on the device, where the backward begins; those below wait on the host.
+
+    Of these a share, evenly spread, keeps one level `less`, so that the link keeps up.
+    """
+    away = layers - here
+    below = Keep(host - 1) if less else host
+    keep = (*(below if int((i + 1) * less) > int(i * less) else host for i in range(away)), *[device] * here)
+    return keep, tuple(i < away for i in range(layers))
 
 
 def kept_bytes(job: Job, keep: Keep, *, long: bool = False) -> int:
@@ -418,7 +458,7 @@ def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int
         below = _Visit(job, here[-2], micro, chunk, micro)
         peaks.append(waiting - own + 2 * (states + below.backward()))
     if away:
-        visit, moved = _Visit(job, away[0], micro, chunk, micro), kept_bytes(job, away[0], long=long)
+        visit, moved = _Visit(job, max(away), micro, chunk, micro), kept_bytes(job, max(away), long=long)
         peaks.append(2 * (states + visit.forward()) + 2 * moved * micro)
         peaks.append(2 * (states + visit.backward()) + 2 * moved * tokens)
     return max(peaks)
@@ -431,7 +471,10 @@ def head_peak(job: Job, plan: Arrangement, tokens: int) -> int:
 
 
 def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
-    """With the seconds of a step: the longest of computing, launching, weights coming, activations moving, each way."""
+    """With the seconds of a step: the longest of computing, launching, weights coming and activations moving.
+
+    That is taken up and down, of the layers that keep on the device and of those that keep on the host.
+    """
     spec, tokens = job.spec, job.rows * job.row_tokens
     weights = {part: rows * cols for part, (rows, cols) in spec.linear_shapes.items()}
     whole = sum(weights.values())
@@ -439,34 +482,44 @@ def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
     again[Keep.HEADS] = (weights["gate"] + weights["up"]) / whole
     adapters = sum(job.tail(group) * sum(size) for group, size in group_sizes(spec).items()) / ADAPTER_SHARE
     rows = min(plan.chunk, plan.joined * job.row_tokens)
-    flops = card.flops * (rows * spec.hidden / PROBED_SIZE) ** SIZE_GAIN
+    flops: float = card.flops * (rows * spec.hidden / PROBED_SIZE) ** SIZE_GAIN
     a_pass = 2 * (whole / (FP8_GAIN if job.fp8 else 1) + adapters) * tokens / flops
     whole_layers = sum(spec.is_global(i) for i in range(spec.layers)) / spec.layers
     seen = job.seq / 2 * whole_layers + min(job.seq / 2, spec.window) * (1 - whole_layers)
     attention = 4 * seen * spec.heads * spec.head_dim * tokens / (ATTENTION_SHARE * card.flops)
-    d, f, qkv, out = spec.hidden, spec.mlp, _qkv(spec), spec.heads * spec.head_dim
-    moved_up = 2 * (12 * d + 4 * f + 3 * qkv + 3 * out) * tokens / card.memory
-    moved_down = 2 * (28 * d + 13 * f + 5 * qkv + 3 * out) * tokens / card.memory
-    unpacked = 2.6 * whole / card.memory
-    each, streamed = job.layer_bytes / card.link, spec.layers - plan.resident
-    moved = plan.host_bytes / card.link
-    both = (streamed * each + moved) / BOTH_WAYS
-    launches = (
-        spec.layers * -(-tokens // (plan.joined * job.row_tokens)) * -(-plan.joined * job.row_tokens // plan.chunk)
-    )
-    up = spec.layers * (a_pass + attention + moved_up + unpacked)
-    down = sum(a_pass * (1 + again[k]) + attention * (2.5 + (k < Keep.NARROW)) for k in plan.keep)
-    if plan.chunk < plan.joined * job.row_tokens:  # the joint projection is not kept, and is computed twice
-        times = sum(1 + (k >= Keep.HEADS) for k in plan.keep)
-        down += times * a_pass * (weights["q"] + weights["k"] + weights["v"]) / whole
-    down += spec.layers * (moved_down + unpacked)
-    graphed = job.graphs and launches * (LAUNCH_UP_S + LAUNCH_DOWN_S) > GRAPH_SHARE * (up + down)
+    unpacked = 2.05 * whole / card.memory
+    touched_up, touched_down = (2 * tokens / card.memory * values for values in _touched(spec))
+    a_up = a_pass + attention + unpacked + touched_up
+    a_down = a_pass + 2.5 * attention + unpacked + touched_down
+    long = plan.chunk < plan.joined * job.row_tokens  # the joint projection is not kept, and is computed twice
+    joint = a_pass * (weights["q"] + weights["k"] + weights["v"]) / whole if long else 0.0
+
+    def computed(keep: Keep) -> float:
+        anew = again[keep] * a_pass + (attention if keep < Keep.NARROW else 0.0)
+        return a_down + anew + joint * (2 if keep >= Keep.HEADS else 1)
+
+    launches = -(-tokens // (plan.joined * job.row_tokens)) * -(-plan.joined * job.row_tokens // plan.chunk)
+    computing = sum(count * (a_up + computed(keep)) for (keep, _), count in plan.kinds().items())
+    launching = spec.layers * launches * (LAUNCH_UP_S + LAUNCH_DOWN_S)
+    graphed = job.graphs and launching > GRAPH_SHARE * computing
     issued = launches * (GRAPHED if graphed else 1.0)
-    up = _longest(up, issued * LAUNCH_UP_S, streamed * each, moved, both)
-    down = _longest(down, issued * LAUNCH_DOWN_S, streamed * each + moved)
-    head = 4 * spec.vocab * d * tokens * job.labelled / card.flops
-    step_s = up + down + 1.2 * head + STEP_S + STEP_TOKEN_S * tokens
+    a_weight = job.layer_bytes / card.link * (1 - plan.resident / spec.layers)
+    head = 4 * spec.vocab * spec.hidden * tokens * job.labelled / card.flops
+    step_s = 1.2 * head + STEP_S + STEP_TOKEN_S * tokens
+    for away in set(plan.on_host):
+        keeps = {keep: count for (keep, where), count in plan.kinds().items() if where == away}
+        count, coming = sum(keeps.values()), sum(keeps.values()) * a_weight
+        moved = sum(n * kept_bytes(job, k, long=long) for k, n in keeps.items()) * tokens / card.link if away else 0.0
+        step_s += max(count * a_up, count * issued * LAUNCH_UP_S, coming, moved, (coming + moved) / BOTH_WAYS)
+        down = sum(n * computed(k) for k, n in keeps.items())
+        step_s += max(down, count * issued * LAUNCH_DOWN_S, coming + moved)
     return replace(plan, step_s=step_s, graphed=graphed)
+
+
+def _touched(spec: ModelSpec) -> tuple[float, float]:
+    """Values a token that a layer's elementwise kernels read or write, up and down; measured, so none of them whole."""
+    d, f, qkv, out = spec.hidden, spec.mlp, _qkv(spec), spec.heads * spec.head_dim
+    return 9.5 * d + 3.2 * f + 2.4 * qkv + 2.4 * out, 22 * d + 10.2 * f + 3.9 * qkv + 2.4 * out
 
 
 def itemised(plan: Arrangement, budget: int) -> list[str]:
@@ -477,11 +530,6 @@ def itemised(plan: Arrangement, budget: int) -> list[str]:
     lines = [f"  {name:<{width}}  {count / 2**30:6.2f} GiB" for name, count in shown]
     ram = f"activations in RAM {plan.host_bytes / 2**30:.1f} GiB, " if plan.host_bytes else ""
     return [*lines, f"  {ram}about {plan.step_s:.2g} s a step predicted"]
-
-
-def _longest(*seconds: float) -> float:
-    """The longest of what goes on side by side, and a little of the rest, since nothing overlaps wholly."""
-    return max(seconds) + 0.03 * (sum(seconds) - max(seconds))
 
 
 def described(plan: Arrangement, layers: int) -> str:

@@ -6,6 +6,7 @@ and brings layers through the ring by copies that are part of the graph.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 from gemwright.kernels.attend import Flash
 from gemwright.model.activations import Activations, Offloaded
 from gemwright.model.decoder import Gemma
-from gemwright.model.streamed import StreamedResidency, Waits
+from gemwright.model.streamed import StreamedResidency
+from gemwright.model.waits import Pairs
 from gemwright.report import say
 from gemwright.train.batches import Row
 from gemwright.train.step import StepLoss, Work, forward_backward
@@ -35,7 +37,7 @@ class _Captured:
     weight: Tensor
     nll: Tensor
     place: tuple[object, ...]
-    waits: Waits
+    waits: Pairs
 
 
 class Graphs:
@@ -66,7 +68,7 @@ class Graphs:
         residency, place = self._residency, self._residency.place()
         weight = torch.zeros((), dtype=torch.float32, device=residency.device)
         residency.settle()
-        residency.swap_waits([])
+        residency.waits.swap([])
         torch.cuda.synchronize(residency.device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
@@ -81,14 +83,17 @@ class Graphs:
             failed = "" if residency.place() == place else "the ring of layers ends elsewhere than it began"
         if failed:
             self._refused = True
+            del graph
             say(f"this step cannot be replayed as a CUDA graph and goes on kernel by kernel ({failed})")
             residency.rewind()
             if isinstance(self._store, Offloaded):
                 self._store.forget()
+            gc.collect()  # what the failed step held is still in its frames, and its memory in the graph's pool
+            torch.cuda.empty_cache()
             return None
         residency.settle()
         self._pool = self._pool or graph.pool()
-        made = _Captured(graph, rows, weight, done.nll, place, residency.swap_waits([]))
+        made = _Captured(graph, rows, weight, done.nll, place, residency.waits.swap([]))
         self.captured[kind] = made
         return made
 
@@ -101,7 +106,7 @@ class Graphs:
                     into.copy_(values)
         captured.graph.replay()
         self._residency.settle()
-        self._residency.swap_waits(captured.waits)
+        self._residency.waits.swap(captured.waits)
         return StepLoss(captured.nll, labelled, sum(row.tokens for row in rows))
 
 

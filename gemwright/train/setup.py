@@ -78,9 +78,9 @@ class Setup:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def waited_s(self) -> float:
-        """Seconds that the device waited for weights since last asked."""
+        """Seconds that the device waited for weights and activations since last asked."""
         residency = self.model.residency
-        return residency.waited_s() if isinstance(residency, StreamedResidency) else 0.0
+        return residency.waits.seconds() if isinstance(residency, StreamedResidency) else 0.0
 
     def peak_bytes(self) -> int:
         """The most that PyTorch held on the device."""
@@ -275,7 +275,7 @@ def on_gpu(
         fp8=config.compute == "fp8",
     )
     work = Work(plan.keep, plan.chunk, plan.positions, plan.head_rows)
-    store, model = Offloaded(plan.on_host, device), Gemma(residency, lora)
+    store, model = Offloaded(plan.on_host, device, residency.waits), Gemma(residency, lora)
     made = Setup(model, work, store, device, dtype, plan.joined, plan)
     if plan.graphed and residency.source_kind != "pageable":
         made.graphs, made.row_tokens = Graphs(model, residency, work, store), job_of(config, file).row_tokens

@@ -100,7 +100,7 @@ class Watch:
 def likely_cause(before: Reading, now: Reading, waiting_more: float = 0.0) -> str:
     """What the readings before and during a slowness say of it, and what to do.
 
-    `waiting_more` is by how much the share of a step grew in which the device waits for weights.
+    `waiting_more` is by how much the share of a step grew in which the device waits for copies.
     """
     passed_s = max(1e-3, now.at_s - before.at_s)
     swapped = now.swapped_in_bytes - before.swapped_in_bytes

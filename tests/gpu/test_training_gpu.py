@@ -25,6 +25,7 @@ from gemwright.model.lora import LoRA
 from gemwright.model.residency import UnpackedResidency
 from gemwright.model.streamed import StreamedResidency
 from gemwright.spec import LINEARS, SPECS, ModelSpec
+from gemwright.train import graphs as graphs_of_steps
 from gemwright.train.batches import Encoded, make_row
 from gemwright.train.graphs import Graphs
 from gemwright.train.step import Work, forward_backward
@@ -290,6 +291,35 @@ def test_a_replayed_step_gives_the_same_bits(made: Made, deterministic: None, wh
     plain, replayed = ([(loss, grad) for g, loss, grad in found if g is graphed] for graphed in (False, True))
     for (loss, grad), (other_loss, other) in zip(plain, replayed, strict=True):
         assert loss == other_loss and torch.equal(grad, other) and bool(grad.any())
+
+
+def test_a_capture_that_runs_out_of_memory_leaves_nothing_behind(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made(SMALL["12b"], "Q4_0")
+    whole, held = graphs_of_steps.forward_backward, []
+
+    def short_of_memory(*args: Any, **settings: Any) -> Any:
+        done = whole(*args, **settings)
+        if torch.cuda.is_current_stream_capturing():
+            held.append(torch.cuda.memory_allocated())
+            raise torch.OutOfMemoryError("others took it")
+        return done
+
+    monkeypatch.setattr(graphs_of_steps, "forward_backward", short_of_memory)
+    lora = new_lora(file.spec, GPU, BF16)
+    residency = StreamedResidency(file, GPU, tails=lora.tails(), resident=(1,), slots=2, head_rows=1024)
+    store = Offloaded([True] * 5 + [False] * 2, GPU)
+    graphs = Graphs(Gemma(residency, lora), residency, Work(Keep.NARROW, 1 << 30, 256, 1024), store)
+    rows = [make_row(file.spec, documents(file.spec, LENGTHS), GPU, BF16, full=320)]
+    losses, allocated, reserved = [], [], []
+    for _ in range(4):
+        losses.append(graphs.forward_backward(rows, 0).loss)
+        allocated.append(torch.cuda.memory_allocated())
+        reserved.append(torch.cuda.memory_reserved())
+    assert len(held) == 1 and not graphs.captured
+    assert len(set(losses)) == 1
+    assert allocated[3] == allocated[1] and reserved[3] <= reserved[1]
+    residency.close()
+    store.close()
 
 
 def test_a_document_does_not_notice_its_neighbours(made: Made) -> None:
