@@ -71,6 +71,7 @@ class Offloaded:
         self._coming: deque[Future[Tensor]] = deque()
         self._refused = False
         self.waits = waits or Waits()
+        self.streams = [self._out, self._in]
         self.copies = 1  # more of them stand for a slower link
 
     def put(self, layer: int, row: int, x: Tensor, visit: LayerPass) -> None:

@@ -72,6 +72,7 @@ class Source(Protocol):
     """Copies layers into device memory, on the copy stream it was given."""
 
     kind: str
+    stream: torch.cuda.Stream
 
     def copy(self, layer: int, slot: Tensor, ready: torch.cuda.Event) -> Callable[[], torch.cuda.Event]:
         """Begin to copy a layer into `slot` once `ready` has happened; the call returned gives the event of its end."""
@@ -84,15 +85,15 @@ class Locked:
     """A source of locked bytes: each layer is one asynchronous copy, or one a matrix where a file scatters them."""
 
     def __init__(self, kind: str, runs: Sequence[list[tuple[Tensor, int]]], locks: Locks, device: torch.device):
-        self.kind, self._runs, self._locks, self._stream = kind, runs, locks, torch.cuda.Stream(device)
+        self.kind, self._runs, self._locks, self.stream = kind, runs, locks, torch.cuda.Stream(device)
 
     def copy(self, layer: int, slot: Tensor, ready: torch.cuda.Event) -> Callable[[], torch.cuda.Event]:
         """See `Source.copy`."""
-        self._stream.wait_event(ready)
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_event(ready)
+        with torch.cuda.stream(self.stream):
             for run, at in self._runs[layer]:
                 slot[at : at + run.numel()].copy_(run, non_blocking=True)
-        done = self._stream.record_event()
+        done = self.stream.record_event()
         return lambda: done
 
     def close(self) -> None:
@@ -107,7 +108,7 @@ class Pageable:
     kind = "pageable"
 
     def __init__(self, layers: Sequence[LayerBytes], device: torch.device) -> None:
-        self._layers, self._stream, self._device = layers, torch.cuda.Stream(device), device
+        self._layers, self.stream, self._device = layers, torch.cuda.Stream(device), device
         self._pool = ThreadPoolExecutor(1)
         largest = max(layer.size for layer in layers)
         self._staging = [host_buffer(largest) for _ in range(2)]
@@ -130,10 +131,10 @@ class Pageable:
             free.synchronize()
         for run, at in source.runs:
             buffer[at : at + run.numel()].copy_(run)
-        self._stream.wait_event(ready)
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_event(ready)
+        with torch.cuda.stream(self.stream):
             slot[: source.size].copy_(buffer[: source.size], non_blocking=True)
-        done: torch.cuda.Event = self._stream.record_event()
+        done: torch.cuda.Event = self.stream.record_event()
         self._free[turn] = done
         return done
 

@@ -82,6 +82,11 @@ class StreamedResidency:
         """How the streamed layers lie in host memory, or "none"."""
         return self._source.kind if self._source else "none"
 
+    @property
+    def streams(self) -> list[torch.cuda.Stream]:
+        """Those that copy, beside the one that computes."""
+        return [self._source.stream] if self._source else []
+
     def layer(self, index: int) -> LayerWeights:
         """See `Residency.layer`."""
         at = self._find(index)

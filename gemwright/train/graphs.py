@@ -74,9 +74,13 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                residency.settle()
-                done = forward_backward(self._model, rows, self._work, self._store, weight=weight)
-                residency.settle()
+                try:
+                    residency.settle()
+                    done = forward_backward(self._model, rows, self._work, self._store, weight=weight)
+                    residency.settle()
+                except RuntimeError:
+                    self._rejoin()
+                    raise
         except RuntimeError as error:  # memory running out among them
             failed = str(error).splitlines()[0]
         else:
@@ -96,6 +100,18 @@ class Graphs:
         made = _Captured(graph, rows, weight, done.nll, place, residency.waits.swap([]))
         self.captured[kind] = made
         return made
+
+    def _rejoin(self) -> None:
+        """Have a capture that failed wait for the streams it began: else neither it nor its random state ends."""
+        streams = list(self._residency.streams)
+        if isinstance(self._store, Offloaded):
+            streams += self._store.streams
+        now = torch.cuda.current_stream(self._residency.device)
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                begun = torch.cuda.is_current_stream_capturing()
+            if begun:
+                now.wait_stream(stream)
 
     def _replay(self, captured: _Captured, rows: Sequence[Row]) -> StepLoss:
         labelled = sum(row.labelled for row in rows)

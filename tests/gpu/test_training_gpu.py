@@ -134,7 +134,7 @@ def delayed(residency: StreamedResidency, cycles: int) -> None:
     whole = source.copy
 
     def copy(layer: int, slot: Tensor, ready: torch.cuda.Event) -> Any:
-        with torch.cuda.stream(source._stream):
+        with torch.cuda.stream(source.stream):
             torch.cuda._sleep(cycles)
         return whole(layer, slot, ready)
 
@@ -316,6 +316,7 @@ def test_a_capture_that_runs_out_of_memory_leaves_nothing_behind(made: Made, mon
         allocated.append(torch.cuda.memory_allocated())
         reserved.append(torch.cuda.memory_reserved())
     assert len(held) == 1 and not graphs.captured
+    torch.rand(2, device=GPU)  # which fails where the capture has not ended
     assert len(set(losses)) == 1
     assert allocated[3] == allocated[1] and reserved[3] <= reserved[1]
     residency.close()

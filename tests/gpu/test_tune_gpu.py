@@ -85,7 +85,9 @@ def test_a_step_that_ran_out_of_memory_is_done_again(
     loop.tune(config(data, tmp_path / "calm", residency="streamed"))
     failing(monkeypatch, {3})
     loop.tune(config(data, tmp_path / "short", residency="streamed"))
-    assert losses(tmp_path / "short") == losses(tmp_path / "calm")
+    short, calm = losses(tmp_path / "short"), losses(tmp_path / "calm")
+    assert short[:2] == calm[:2]
+    assert short == pytest.approx(calm, rel=1e-3)  # smaller pieces, whose sums may round otherwise
     assert "video memory ran out" in capsys.readouterr().err
 
 
