@@ -5,6 +5,8 @@
     python benchmarks/plan_accuracy.py --gpu --only 27b --half held-out
     python benchmarks/plan_accuracy.py --gpu --rows a.jsonl b.jsonl   # the table and plot of earlier runs together
 
+Rows of `train_gpu.py` may be among these; their speeds were looked at while formulas were made, so none is held out.
+
 Every case is a process of its own; on a GPU it imports what it needs while the one before it runs. Cases with which
 the formulas were fitted are marked; the others are held out. Run `gemwright doctor` first: the plan goes by its probes.
 Writes `plan_accuracy_<hardware>_<date>.jsonl`, a table beside it and a plot.
@@ -155,6 +157,18 @@ def row(kind: str, case: Case, predicted: float, measured: float) -> dict:
     }
 
 
+def rows_of(line: dict) -> list[dict]:
+    """A row as it is, or those that a row of `train_gpu.py` amounts to."""
+    if "kind" in line:
+        return [line]
+    shape = {"context": 0, "seq": line["sequence"], "batch": line["batch"], "cap_gib": line["cap_gib"]}
+    case = Case(
+        "tune", line["size"], line["quantization"], **shape, residency=line["residency"], device="cuda", held_out=False
+    )
+    device = row("device", case, line["predicted_peak_bytes"], line["peak_reserved_bytes"])
+    return [device, row("seconds", case, line["predicted_step_s"], line["step_s"])]
+
+
 def values(found: dict) -> tuple[float, float]:
     """(predicted, measured) of a row."""
     unit = "bytes" if "predicted_bytes" in found else "s"
@@ -174,7 +188,8 @@ def main() -> None:
     options = parser.parse_args()
     options.models.mkdir(parents=True, exist_ok=True)
     if options.rows:
-        write([json.loads(line) for path in options.rows for line in path.read_text().splitlines()], options)
+        lines = [line for path in options.rows for line in path.read_text(encoding="utf-8").splitlines()]
+        write([found for line in lines for found in rows_of(json.loads(line))], options)
         return
     if options.case:
         import gemwright.train.verify  # noqa: F401
