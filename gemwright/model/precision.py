@@ -27,15 +27,19 @@ def choose_dtype(precision: str, device: torch.device | None = None) -> torch.dt
 
 @cache
 def _bf16_is_faster() -> bool:
-    """Measured, once a process, in a few milliseconds: what a CPU says of itself does not say what its library does."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    """Measured, once a process, in a tenth of a second: what a CPU says of itself is not what its library does.
+
+    A CPU without bf16 arithmetic may take a hundred times as long as in fp32, which few rows show at once.
+    """
+    few, few_bf16 = (_product_s(16, dtype, repeats=1) for dtype in (torch.float32, torch.bfloat16))
+    return few_bf16 < 4 * few and _product_s(256, torch.bfloat16) < _product_s(256, torch.float32)
+
+
+def _product_s(rows: int, dtype: torch.dtype, repeats: int = 3) -> float:
+    """Seconds of a product [rows, 1024] x [1024, 1024], the fastest of some after one."""
+    x, w, times = torch.ones(rows, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype), []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
         torch.mm(x, w)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            torch.mm(x, w)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
