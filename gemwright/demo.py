@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MODEL = "270m"
 STEPS, RANK, SEQ, LEARNING_RATE = 150, 16, 1024, 2e-3
+# What training may take, so that all is done in ten minutes with the installation; and the fewest steps that help.
+TRAIN_S, FEWEST = 345.0, 40
 SIDE_BY_SIDE, LONGEST_ANSWER = 8, 40
 SHOWN = ("Russian", "Russian", "Ukrainian", "German", "Polish", "Greek", "Turkish", "Japanese", "Hindi", "Spanish")
 # Where each phase ends on the one bar: its share of the time measured on two cores.
@@ -46,6 +48,8 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
     from gemwright.data.cldr import load_split, split_path
     from gemwright.train.config import TrainConfig
     from gemwright.train.loop import tune
+    from gemwright.train.setup import choose_device
+    from gemwright.train.verify import measure_tune
     from gemwright.weights.pull import pull
 
     start = time.perf_counter()
@@ -54,9 +58,15 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
     model = pull(MODEL, report=progress.say).path
     test = load_split("test")
     before = _answers(model, None, test, progress, ("before", BEGUN, BEFORE_DONE), threads)
-    settings = {"max_steps": STEPS, "rank": RANK, "seq": SEQ, "lr": LEARNING_RATE, "threads": threads}
+    settings = {"rank": RANK, "seq": SEQ, "lr": LEARNING_RATE, "threads": threads}
     config = TrainConfig(data=split_path("train"), model=model, out=out, **settings)
-    trained = tune(config, lambda now: _training(now, progress))
+    steps = STEPS
+    if choose_device(config.device).type == "cpu":
+        progress.update("training", BEFORE_DONE, "measuring how fast this machine trains")
+        steps = _affordable(measure_tune(config, 1).step_s)
+    if steps < STEPS:
+        progress.say(f"training {steps} steps instead of {STEPS}, to be done in some minutes here; it will know less")
+    trained = tune(config.model_copy(update={"max_steps": steps}), lambda now: _training(now, progress))
     after = _answers(model, out, test, progress, ("after", TRAINED, 1.0), threads)
     summary = _summary(trained, test, before, after) | {
         "seconds": round(time.perf_counter() - start, 1),
@@ -66,6 +76,11 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
     run.end((run.summary() or {}) | summary)
     progress.update("done", 1.0)
     return summary, _examples(test, before, after)
+
+
+def _affordable(step_s: float) -> int:
+    """Steps of so many seconds that training may take."""
+    return max(FEWEST, min(STEPS, int(TRAIN_S / step_s)))
 
 
 def _clear(out: Path) -> None:

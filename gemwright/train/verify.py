@@ -33,6 +33,8 @@ class Measured:
 
 def measure_tune(config: TrainConfig, steps: int = 3) -> Measured:
     """Train `steps` steps (after some that are not counted) on random tokens; nothing is written."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     file = open_model(resolve_model(config.model))
     use_expandable_segments()

@@ -57,6 +57,12 @@ def test_a_new_or_empty_folder_is_fine(tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
+@pytest.mark.parametrize(("step_s", "steps"), [(0.01, demo.STEPS), (2.2, demo.STEPS), (5.0, 69), (60.0, demo.FEWEST)])
+def test_a_slow_machine_takes_fewer_steps(step_s: float, steps: int) -> None:
+    assert demo._affordable(step_s) == steps
+    assert steps == demo.FEWEST or steps * step_s <= demo.TRAIN_S
+
+
 def result(folder: Path) -> TuneResult:
     numbers = {"steps": 3, "loss_first": 3.0, "loss_last": 0.5, "tokens_per_s": 900.0}
     peaks = {"peak_rss_bytes": 10**9, "peak_device_bytes": 0}
