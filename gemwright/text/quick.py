@@ -42,6 +42,12 @@ class QuickEncoder:
         if len(self._left_out) > _MOST_LEFT_OUT:
             raise ValueError(f"{len(self._left_out)} pieces would be left out")
 
+    def __getstate__(self) -> tuple[bytes, list[str]]:
+        return self._kitoken.to_bytes(), self._left_out
+
+    def __setstate__(self, state: tuple[bytes, list[str]]) -> None:
+        self._kitoken, self._left_out = Kitoken(state[0]), state[1]
+
     def covers(self, text: str) -> bool:
         """Whether it may encode `text`, which must not hold SPACE either."""
         return not any(map(text.__contains__, self._left_out))

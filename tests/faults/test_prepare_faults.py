@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and limits as POSIX has them")
-LARGE_BYTES = 14_000_000  # enough for three workers and some seconds of work
+LARGE_BYTES = 49_000_000  # enough for three workers and some seconds of work
 
 
 @pytest.fixture(scope="module")
