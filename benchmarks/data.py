@@ -188,7 +188,7 @@ def ours(model: Path, threads: int, end: Connection, quick: bool) -> None:
         answer(end, 256, lambda batches: [ids for batch in batches for ids in in_worker(batch)])
         return
     with ProcessPoolExecutor(threads, multiprocessing.get_context("spawn"), begin, (encoder, quick)) as pool:
-        answer(end, 32, lambda batches: [ids for batch in pool.map(in_worker, batches) for ids in batch])
+        answer(end, 256, lambda batches: [ids for batch in pool.map(in_worker, batches) for ids in batch])
 
 
 def answer(end: Connection, size: int, encode: Callable[[list[list[str]]], list[Sequence[int]]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,14 +151,18 @@ def test_much_text_is_reason_to_hasten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_quick_encoding_cannot_merge_is_left_to_sentencepiece() -> None:
     assert QUICK._quick and sorted(QUICK._quick._left_out) == ["> <", "hel"]  # across a space; not reached by pairs
-    assert [TOKENS[id_] for id_ in QUICK("hel > <")] == ["h", "e", "l", SPACE, ">", SPACE, "<"]
+    for encode in (QUICK, pickle.loads(pickle.dumps(QUICK))):
+        assert encode._quick and [TOKENS[id_] for id_ in encode("hel > <")] == ["h", "e", "l", SPACE, ">", SPACE, "<"]
 
 
-@pytest.mark.parametrize(("pieces", "scores"), [(["ab", "ba", "a", "b"], [0, 0, -1, -2]), (["ab", "a"], [0, -1])])
-def test_equal_scores_and_characters_that_are_no_piece_stay_with_sentencepiece(
-    pieces: list[str], scores: list[float]
-) -> None:
-    encode = Encoder([*BYTES, *pieces], [-9.0] * 256 + scores, [BYTE] * 256 + [NORMAL] * len(pieces))
+@pytest.mark.parametrize(
+    ("pieces", "scores"),
+    [(["ab", "ba", "a", "b"], [0, 0, -1, -2]), (["ab", "a"], [0, -1]), ([*map("a".ljust, range(2, 50)), "a"], range(49))],
+    ids=["equal scores", "a character that is no piece", "many pieces across spaces"],
+)
+def test_some_vocabularies_stay_with_sentencepiece(pieces: list[str], scores: Sequence[float]) -> None:
+    pieces = [piece.replace(" ", SPACE) for piece in pieces]
+    encode = Encoder([*BYTES, *pieces], [*[-9.0] * 256, *scores], [BYTE] * 256 + [NORMAL] * len(pieces))
     quick = hastened(encode)
     assert quick._quick is None and quick("bab") == encode("bab")
 
