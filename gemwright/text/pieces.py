@@ -14,14 +14,17 @@ import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sentencepiece import SentencePieceProcessor
 
 from gemwright.errors import InputError
-from gemwright.text.quick import SPACE, QuickEncoder
+
+if TYPE_CHECKING:
+    from gemwright.text.quick import QuickEncoder
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # as in SentencePiece and tokenizer.ggml.token_type
+SPACE: Final = "▁"
 _BPE: Final = 2
 _WHEN_QUICK: Final = 1 << 22  # characters, which take SentencePiece about as long as QuickEncoder takes to be made
 
@@ -78,6 +81,8 @@ class Encoder:
 
     def hasten(self) -> None:
         """Be quick from now on, which calling does by itself once there was much text."""
+        from gemwright.text.quick import QuickEncoder  # 16 ms that a short text need not wait for
+
         self._before_quick = math.inf
         with suppress(ValueError):  # then it stays as it is
             self._quick = QuickEncoder(self._model, self._pieces, {text: id_ for text, (id_, _) in self._user.items()})

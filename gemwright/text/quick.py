@@ -14,7 +14,8 @@ from typing import Final
 from kitoken import Kitoken
 from sentencepiece import SentencePieceProcessor
 
-SPACE: Final = "▁"
+from gemwright.text.pieces import SPACE
+
 _APART: Final = "\0"  # in no piece: SentencePiece refuses such a vocabulary
 _MOST_LEFT_OUT: Final = 32  # each is looked for in every text
 _MERGED_AT_ONCE: Final = 32

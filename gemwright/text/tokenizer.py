@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemwright.errors import InputError
-from gemwright.text.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Encoder
-from gemwright.text.quick import SPACE
+from gemwright.text.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Encoder
 
 
 class ModelWithTokenizer(Protocol):

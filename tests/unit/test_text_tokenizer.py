@@ -157,7 +157,11 @@ def test_what_quick_encoding_cannot_merge_is_left_to_sentencepiece() -> None:
 
 @pytest.mark.parametrize(
     ("pieces", "scores"),
-    [(["ab", "ba", "a", "b"], [0, 0, -1, -2]), (["ab", "a"], [0, -1]), ([*map("a".ljust, range(2, 50)), "a"], range(49))],
+    [
+        (["ab", "ba", "a", "b"], [0, 0, -1, -2]),
+        (["ab", "a"], [0, -1]),
+        ([*map("a".ljust, range(2, 50)), "a"], range(49)),
+    ],
     ids=["equal scores", "a character that is no piece", "many pieces across spaces"],
 )
 def test_some_vocabularies_stay_with_sentencepiece(pieces: list[str], scores: Sequence[float]) -> None:
