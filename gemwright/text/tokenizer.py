@@ -2,7 +2,8 @@
 
 The vocabulary is SentencePiece BPE: characters are merged pair by pair, the best-scored piece first and the leftmost
 of equals. A rank-of-pair BPE cannot express that ("aaa" can be made of "a"+"aa" or "aa"+"a", one score, two ranks), so
-the merging is SentencePiece's own. Reference: llama.cpp `src/llama-vocab.cpp`, `llm_tokenizer_spm_session`.
+the merging is SentencePiece's own or one by its rule. Reference: llama.cpp `src/llama-vocab.cpp`,
+`llm_tokenizer_spm_session`.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from gemwright.text.pieces import Encoder
 from gemwright.train.tokenise import Batch, tokenised
 
 # All processes together are to stay under 1 GB: this one with torch and a model's header, and the workers.
-_RAM_BYTES, _PARENT_BYTES, _WORKER_BYTES = 970_000_000, 380_000_000, 110_000_000
-_BYTES_A_WORKER = 4_000_000  # less is tokenised here while a process would still be starting
+_RAM_BYTES, _PARENT_BYTES, _WORKER_BYTES = 970_000_000, 380_000_000, 190_000_000
+_BYTES_A_WORKER = 16_000_000  # less is tokenised here while a process would still be starting
 _LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 _BLOCK_BYTES = 1 << 22
 Report = Callable[[str], None]

@@ -1,12 +1,13 @@
 """Examples to ids and targets in several processes at once, in order: the result is the same for any number of them.
 
-Worker processes import neither torch nor a model; what a worker holds is the vocabulary and a batch.
+Worker processes import neither torch nor a model; what a worker holds is the vocabulary, as for much text, and a batch.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -15,14 +16,15 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.context import SpawnContext
 from typing import NamedTuple
 
 from gemwright.data.read import Example
 from gemwright.data.store import packed
 from gemwright.errors import GemwrightError, InputError, MachineError
 from gemwright.text.chat import Message, TrainOn, encode_example
+from gemwright.text.pieces import Encoder
 
-Encode = Callable[[str], list[int]]
 _BATCH_CHARACTERS = 1 << 18
 
 
@@ -47,7 +49,7 @@ _Submit = Callable[[list[Example]], Callable[[], _Result]]
 
 
 def tokenised(
-    examples: Iterable[Example], encode: Encode, train_on: TrainOn, workers: int
+    examples: Iterable[Example], encode: Encoder, train_on: TrainOn, workers: int
 ) -> Generator[Batch, None, None]:
     """Batches in the order of `examples`; with one worker in this process, else in so many others.
 
@@ -91,7 +93,7 @@ def _taken(batch: list[Example], failure: GemwrightError | None, result: Callabl
     return Batch(batch, *done)
 
 
-def _encoded(encode: Encode, train_on: TrainOn, batch: list[Example]) -> _Result:
+def _encoded(encode: Encoder, train_on: TrainOn, batch: list[Example]) -> _Result:
     lengths, tokens = [], bytearray()
     for index, example in enumerate(batch):
         try:
@@ -106,14 +108,14 @@ def _encoded(encode: Encode, train_on: TrainOn, batch: list[Example]) -> _Result
 
 
 @contextmanager
-def _submitting(encode: Encode, train_on: TrainOn, workers: int) -> Iterator[_Submit]:
+def _submitting(encode: Encoder, train_on: TrainOn, workers: int) -> Iterator[_Submit]:
     """What takes a batch and gives what waits for its result."""
     if workers == 1:
         yield lambda batch: partial(_encoded, encode, train_on, batch)
         return
     spawn = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(workers, spawn, _begin, (encode, train_on)) as pool:
+        with ProcessPoolExecutor(workers, spawn, _begin, (_quick(encode, spawn), train_on)) as pool:
             try:
                 with _ctrl_c_not_inherited():
                     for ready in [pool.submit(os.getpid) for _ in range(workers)]:
@@ -125,6 +127,19 @@ def _submitting(encode: Encode, train_on: TrainOn, workers: int) -> Iterator[_Su
     except BrokenProcessPool:
         what = "a process that was tokenising has been killed, perhaps for want of memory"
         raise MachineError(what, fix="Close other programs, or use fewer --workers.") from None
+
+
+def _quick(encode: Encoder, spawn: SpawnContext) -> bytes:
+    """An encoder for much text, made once for all workers, and in a process that gives its memory back."""
+    with ProcessPoolExecutor(1, spawn, _leave_to_parent) as pool:
+        with _ctrl_c_not_inherited():
+            made = pool.submit(_hastened, encode)
+        return made.result()
+
+
+def _hastened(encode: Encoder) -> bytes:
+    encode.hasten()
+    return pickle.dumps(encode)
 
 
 @contextmanager
@@ -143,11 +158,15 @@ def _ctrl_c_not_inherited() -> Iterator[None]:
 _encode_batch: Callable[[list[Example]], _Result]
 
 
-def _begin(encode: Encode, train_on: TrainOn) -> None:
-    """In a new worker: leave Ctrl-C to the parent, and end when it has ended."""
+def _begin(quick: bytes, train_on: TrainOn) -> None:
     global _encode_batch
+    _leave_to_parent()
+    _encode_batch = partial(_encoded, pickle.loads(quick), train_on)
+
+
+def _leave_to_parent() -> None:
+    """In a new process: leave Ctrl-C to the parent, and end when it has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _encode_batch = partial(_encoded, encode, train_on)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

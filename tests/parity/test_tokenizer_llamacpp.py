@@ -73,9 +73,13 @@ def llamacpp(real_model: Path) -> Iterator[Tokenize]:
     connection.close()
 
 
-@pytest.fixture(scope="module")
-def tokenizer(real_model: Path) -> Tokenizer:
-    return Tokenizer.from_model(open_gguf(real_model))
+@pytest.fixture(scope="module", params=["at first", "after much text"])
+def tokenizer(request: pytest.FixtureRequest, real_model: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_model(open_gguf(real_model))
+    if request.param == "after much text":
+        tokenizer.encode.hasten()
+        assert tokenizer.encode._quick
+    return tokenizer
 
 
 def assert_same(tokenizer: Tokenizer, llamacpp: Tokenize, texts: list[str]) -> None:

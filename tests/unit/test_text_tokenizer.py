@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemwright.errors import InputError
+from gemwright.text.pieces import Encoder
 from gemwright.text.tokenizer import BYTE, CONTROL, NORMAL, SPACE, USER_DEFINED, Tokenizer
 
 CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>", "<unused0>"]
@@ -96,14 +98,77 @@ def merged(text: str) -> list[int]:
     return ids
 
 
+def hastened(encode: Encoder) -> Encoder:
+    """A copy that has seen much text."""
+    copy: Encoder = pickle.loads(pickle.dumps(encode))
+    copy.hasten()
+    return copy
+
+
+QUICK = hastened(TOKENIZER.encode)
+
+
 @settings(deadline=None)
-@given(st.lists(st.text(alphabet="ab \n<>td/hel1п漢▁é") | st.text(), max_size=20))
-def test_ids_are_those_of_the_plain_rule_however_much_was_encoded_before(texts: list[str]) -> None:
-    encode = pickle.loads(pickle.dumps(TOKENIZER.encode))
-    for _ in range(100):  # it encodes the first texts whole
-        encode("a")
-    for text in [*texts, *texts]:
-        assert encode(text) == TOKENIZER.encode(text) == merged(text)
+@given(st.text(alphabet="ab \n<>td/hel1п漢▁é") | st.text())
+def test_ids_are_those_of_the_plain_rule_however_much_was_encoded_before(text: str) -> None:
+    assert QUICK(text) == TOKENIZER.encode(text) == merged(text)
+
+
+@st.composite
+def vocabularies(draw: st.DrawFn) -> tuple[list[str], list[str], list[str]]:
+    """Characters, user-defined pieces, and those of several characters in order of score."""
+    signs = draw(st.lists(st.sampled_from("abcd01<>/.\n\t é漢😀п\u200d\ue000"), min_size=2, unique=True))
+    some = st.text(alphabet=signs, min_size=1, max_size=5)
+    defined = draw(st.lists(some, max_size=4, unique=True))
+    longer = draw(st.lists(some.filter(lambda text: len(text) > 1 and text not in defined), max_size=20, unique=True))
+    return [sign for sign in signs if sign not in defined], defined, longer
+
+
+@settings(deadline=None, max_examples=300)
+@given(vocabularies(), st.data())
+def test_both_ways_give_the_same_ids_for_any_vocabulary(
+    vocabulary: tuple[list[str], list[str], list[str]], data: st.DataObject
+) -> None:
+    signs, defined, longer = vocabulary
+    normal = [text.replace(" ", SPACE) for text in (*longer, *signs)]
+    scores = [*(-1000.0 for _ in (*CONTROLS, *defined, *BYTES)), *(-float(rank) for rank in range(len(normal)))]
+    types = [CONTROL] * len(CONTROLS) + [USER_DEFINED] * len(defined) + [BYTE] * 256 + [NORMAL] * len(normal)
+    encode = Encoder([*CONTROLS, *defined, *BYTES, *normal], scores, types)
+    quick = hastened(encode)
+    parts = st.lists(st.sampled_from([*signs, *defined, *longer, " ", "x", "é"])).map("".join)
+    for text in data.draw(st.lists(parts | st.text(), max_size=10)):
+        assert quick(text) == encode(text)
+        assert quick(text * 40) == encode(text * 40)
+
+
+def test_much_text_is_reason_to_hasten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemwright.text.pieces._WHEN_QUICK", 10)
+    encode: Encoder = pickle.loads(pickle.dumps(TOKENIZER.encode))
+    for length, quick in ((10, False), (1, True)):
+        encode("a" * length)
+        assert bool(encode._quick) is quick
+
+
+def test_what_quick_encoding_cannot_merge_is_left_to_sentencepiece() -> None:
+    assert QUICK._quick and sorted(QUICK._quick._left_out) == ["> <", "hel"]  # across a space; not reached by pairs
+    for encode in (QUICK, pickle.loads(pickle.dumps(QUICK))):
+        assert encode._quick and [TOKENS[id_] for id_ in encode("hel > <")] == ["h", "e", "l", SPACE, ">", SPACE, "<"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "scores"),
+    [
+        (["ab", "ba", "a", "b"], [0, 0, -1, -2]),
+        (["ab", "a"], [0, -1]),
+        ([*map("a".ljust, range(2, 50)), "a"], range(49)),
+    ],
+    ids=["equal scores", "a character that is no piece", "many pieces across spaces"],
+)
+def test_some_vocabularies_stay_with_sentencepiece(pieces: list[str], scores: Sequence[float]) -> None:
+    pieces = [piece.replace(" ", SPACE) for piece in pieces]
+    encode = Encoder([*BYTES, *pieces], [*[-9.0] * 256, *scores], [BYTE] * 256 + [NORMAL] * len(pieces))
+    quick = hastened(encode)
+    assert quick._quick is None and quick("bab") == encode("bab")
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -111,9 +176,10 @@ def test_control_tokens_are_never_made_from_text(control: str) -> None:
     assert TOKENS.index(control) not in TOKENIZER.encode(f"a{control}a {control}\n{control}")
 
 
-def test_half_a_surrogate_pair_is_refused() -> None:
+@pytest.mark.parametrize("encode", [TOKENIZER.encode, QUICK])
+def test_half_a_surrogate_pair_is_refused(encode: Encoder) -> None:
     with pytest.raises(InputError, match=r"U\+D83D"):
-        TOKENIZER.encode("a\ud83d")
+        encode("a\ud83d")
 
 
 @given(st.text() | st.text(alphabet="ab \n<>tdh\u2028é漢😀"))
