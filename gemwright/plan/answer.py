@@ -25,7 +25,7 @@ TRAINER_BYTES = int(1.35 * GIB)
 SUSTAINED = {"bf16_flops": 0.83, "memory_bytes_s": 0.96, "link_bytes_s": 0.95}
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
-# From this width on a CPU's products are as fast as they get.
+# From this width on a CPU's products in bf16 are as fast as they get; in fp32 they are sooner.
 FULL_WIDTH = 850
 # Of unified memory, what macOS lets the GPU hold.
 UNIFIED_SHARE = 0.7
@@ -180,11 +180,14 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
     spec = model.spec
     values = sum(r * c for r, c in spec.linear_shapes.values())
     trained = work.rank * spec.layers * sum(sum(shape) for shape in spec.linear_shapes.values())
-    unpacked = 2 * (values * spec.layers + spec.vocab * spec.hidden)
+    in_bf16 = rig.cpu.bf16_flops > rig.cpu.fp32_flops
+    itemsize = 2 if in_bf16 else 4
+    unpacked = itemsize * (values * spec.layers + spec.vocab * spec.hidden)
     tokens = work.rows * work.seq
-    scratch = 2 * values + 2 * 4096 * spec.hidden + 8 * tokens * (spec.mlp + 4 * spec.hidden)
+    scratch = itemsize * (values + 4096 * spec.hidden + 4 * tokens * (spec.mlp + 4 * spec.hidden))
     room = int(rig.ram_available_bytes * RAM_SHARE)
-    everything, inputs = activation_bytes(spec, tokens, 2), 2 * tokens * spec.hidden * spec.layers
+    everything = activation_bytes(spec, tokens, itemsize)
+    inputs = itemsize * tokens * spec.hidden * spec.layers
     again = everything > room // 4  # as the trainer decides: more than half of what it may use
     items = [
         ("host", "model file, mapped", model.total),
@@ -203,7 +206,7 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
     items.append(("host", "layers kept unpacked", kept))
     flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * CHAT_LABELLED[0]
     recompute = 1.5 if again else 1.0
-    share = CPU_SHARE * min(1.0, spec.hidden / FULL_WIDTH)
+    share = CPU_SHARE * (min(1.0, spec.hidden / FULL_WIDTH) if in_bf16 else 1.0)
     speed = share * max(rig.cpu.bf16_flops, rig.cpu.fp32_flops) / (flops * recompute)
     words = f"on the CPU; {size(least + kept)} of RAM"
     return Answer(
