@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 MODEL = "270m"
 STEPS, RANK, SEQ, LEARNING_RATE = 150, 16, 1024, 2e-3
-# What training may take, so that all is done in ten minutes with the installation. On a slower machine steps have
-# half as many tokens, and teach more in that time; and the fewest of these that help.
+# Seconds that training aims at, for about ten minutes in all. On a machine that needs more, steps have half as many
+# tokens, which teaches more in that time; and the fewest of these that help, however long they take.
 TRAIN_S, FEWEST = 345.0, 80
 SIDE_BY_SIDE, LONGEST_ANSWER = 8, 40
 SHOWN = ("Russian", "Russian", "Ukrainian", "German", "Polish", "Greek", "Turkish", "Japanese", "Hindi", "Spanish")

@@ -48,7 +48,6 @@ class StreamedResidency:
         source: SourceKind = "auto",
         head_rows: int = 8192,
         fp8: bool = False,
-        waits: Waits | None = None,
     ) -> None:
         self.spec, self.dtype, self.device, self._file = file.spec, dtype, device, file
         self.vocab = self.spec.vocab
@@ -74,7 +73,7 @@ class StreamedResidency:
         order = [*range(self.spec.layers), *reversed(range(self.spec.layers))]
         self._order, self._at = order, 0
         self._wanted = [self._ahead(at, order, count) for at in range(len(order))]
-        self.waits = waits or Waits()
+        self.waits = Waits()
         self._prefetch(self._ahead(-1, order, count))
 
     @property
