@@ -70,20 +70,32 @@ TUNE = [
 ]
 
 
+FORMATS = {"12b": ("Q4_0", "Q8_0"), "27b": ("Q4_0", "Q4_K_M")}
+
+
 def gpu_cases() -> list[Case]:
-    """Sizes, lengths, batches, ranks, caps, residencies and formats; half of what each size has is held out by turn."""
+    """Sizes, lengths, batches, ranks, caps, residencies and formats; first those fitted with, then those held out."""
+
+    def case(size: str, turn: int, *rest) -> Case:
+        kinds = FORMATS.get(size, ("Q4_0", "Q4_K_M", "Q8_0"))
+        return Case("tune", size, kinds[turn % len(kinds)], 0, *rest)
+
     cases = []
     shapes = [(128, 16), (512, 4), (2048, 1), (2048, 4), (8192, 1), (32_768, 1)]
-    for turn, size in enumerate(("270m", "1b", "4b", "12b", "27b")):
+    others = [(256, 8), (1024, 2), (4096, 1), (384, 13), (16_384, 1)]
+    sizes = ("270m", "1b", "4b", "12b", "27b")
+    for size in sizes:
         for index, (seq, batch) in enumerate(shapes):
-            cap = (6.0, 8.0, 12.0, 24.0)[(index + len(size)) % 4]
-            rank = (8, 16, 64, 128)[index % 4]
-            kinds = {"12b": ("Q4_0", "Q8_0"), "27b": ("Q4_0", "Q4_K_M")}.get(size, ("Q4_0", "Q4_K_M", "Q8_0"))
-            kind = kinds[index % len(kinds)]
+            cap, rank = (6.0, 8.0, 12.0, 24.0)[(index + len(size)) % 4], (8, 16, 64, 128)[index % 4]
             how = "streamed" if index % 3 == 2 else "auto"
-            cases.append(Case("tune", size, kind, 0, seq, batch, rank, cap, how, "cuda", (len(cases) + turn) % 2 == 1))
-        cases.append(Case("tune", size, "Q4_0", 0, 2048, 2, 16, None, "resident", "cuda", (len(cases) + turn) % 2 == 1))
-        cases.append(Case("tune", size, "Q4_0", 0, 1024, 4, 32, 8.0, "auto", "cuda", (len(cases) + turn) % 2 == 1))
+            cases.append(case(size, index, seq, batch, rank, cap, how, "cuda", False))
+        cases.append(case(size, 0, 2048, 2, 16, None, "resident", "cuda", False))
+        cases.append(case(size, 0, 1024, 4, 32, 8.0, "auto", "cuda", False))
+    for turn, size in enumerate(sizes):
+        for index, (seq, batch) in enumerate(others):
+            cap, rank = (8.0, None, 6.0, 24.0, 12.0)[(index + turn) % 5], (32, 8, 128, 16, 48)[(index + 2 * turn) % 5]
+            how = "streamed" if (index + turn) % 4 == 3 else "resident" if cap is None else "auto"
+            cases.append(case(size, index + turn + 1, seq, batch, rank, cap, how, "cuda", True))
     return cases
 
 

@@ -46,12 +46,17 @@ class Case:
     recompute: str = "auto"
     link_copies: int = 1
     compute: str = "bf16"
+    cold: bool = False
 
     @property
     def name(self) -> str:
         cap = "none" if self.cap_gib is None else f"{self.cap_gib:g}"
         extra = [v for v, d in ((self.quantization, "Q4_0"), (self.source, "auto"), (self.compute, "bf16")) if v != d]
-        extra += [f"{self.link_copies} copies"] * (self.link_copies > 1) + [self.residency] * (self.residency != "auto")
+        extra += (
+            ["cold"] * self.cold
+            + [f"{self.link_copies} copies"] * (self.link_copies > 1)
+            + [self.residency] * (self.residency != "auto")
+        )
         return " ".join([f"{self.size}:{self.batch}x{self.sequence}:{cap}", *extra])
 
 
@@ -75,6 +80,8 @@ MORE = [
     Case("12b", 1, 2048, source="pinned"),
     Case("12b", 1, 2048, source="pageable"),
     Case("12b", 4, 2048, source="pageable"),
+    Case("12b", 4, 2048, source="mapped", cold=True),
+    Case("12b", 4, 2048, source="pageable", cold=True),
     Case("4b", 4, 2048, residency="streamed"),
     Case("27b", 4, 2048, None),
     Case("27b", 1, 2048, None),
@@ -89,7 +96,7 @@ MORE = [
 
 def resident(case: Case) -> Case:
     """The same work with nothing streamed and no cap."""
-    return replace(case, cap_gib=None, residency="resident", source="auto", link_copies=1)
+    return replace(case, cap_gib=None, residency="resident", source="auto", link_copies=1, cold=False)
 
 
 def model_path(case: Case, folder: Path) -> Path:
@@ -137,6 +144,15 @@ def limit_s(case: Case) -> tuple[float, float]:
     a_chunk = median_s(partial(torch.mm, h, head.t(), out=logits)) + median_s(partial(torch.mm, logits, head))
     step = spec.layers * products + attention + a_chunk * spec.vocab / len(head)
     return step * tokens / rows, flops / products
+
+
+def forget_pages(path: Path) -> None:
+    """Have the system's page cache drop a file (Linux), which nothing may have mapped."""
+    import os
+
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def slow_link(setup, copies: int) -> None:
@@ -190,6 +206,8 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
     from gemwright.weights.model_file import open_model
 
     use_expandable_segments()
+    if case.cold:
+        forget_pages(model_path(case, folder))
     device, file = torch.device("cuda", 0), open_model(model_path(case, folder))
     best_s, flops = limit
     torch.cuda.empty_cache()
@@ -238,6 +256,7 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
         "tokens_per_s": tokens / step_s,
         "step_s": step_s,
         "step_s_spread": [min(times[warm:]), max(times[warm:])],
+        "step_times_s": times,
         "first_step_s": times[0],
         "ready_s": ready_s,
         "command_to_first_step_s": None if aside_s is None else first_s - aside_s,

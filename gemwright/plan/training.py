@@ -7,10 +7,10 @@ Time is estimated from the card's measured speed and that of its link; memory by
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, update_wrapper
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 from gemwright.errors import DoesNotFit, needed
 from gemwright.layout import (
@@ -31,6 +31,8 @@ from gemwright.layout import (
 from gemwright.report import size
 from gemwright.spec import ModelSpec
 
+T = TypeVar("T")
+P = ParamSpec("P")
 MIB = 1 << 20
 # What PyTorch's matrix library takes for itself.
 LIBRARY_BYTES = 72 * MIB
@@ -44,22 +46,28 @@ CHAT_LABELLED = (0.3, 0.35)
 CHUNKS = (8192, 4096, 2048, 1024)
 HOST_SHARE = 0.7
 # Bytes a second over a link that is busy both ways, beside those of one way.
-BOTH_WAYS = 1.57
+BOTH_WAYS = 1.66
+# Of the time that resident layers leave the link idle, what serves the streamed ones between them.
+LENT = 0.46
 # Products of more rows times columns than these run faster, by this power of them.
-PROBED_SIZE, SIZE_GAIN = 2048 * 3840, 0.036
+PROBED_SIZE, SIZE_GAIN = 2048 * 1536, 0.05
 # How fast attention and the thin products of adapters are beside other products.
-ATTENTION_SHARE, ADAPTER_SHARE = 0.48, 0.92
+ATTENTION_SHARE, ADAPTER_SHARE = 0.428, 1.5
+# How long attention's backward takes, in forwards; how long the head, beside its products.
+ATTENTION_BACK, HEAD = 2.4, 0.79
 # What a layer costs the CPU that launches its kernels.
 LAUNCH_UP_S, LAUNCH_DOWN_S = 0.6e-3, 1.3e-3
 # The share of a step's other time from which on launching is left to a graph, and what then remains of it.
-GRAPH_SHARE, GRAPHED = 0.25, 0.1
+GRAPH_SHARE, GRAPHED = 0.25, 0.08
 # What a step costs beside its layers: its rows are made and copied, the optimizer runs.
-STEP_S, STEP_TOKEN_S = 4.8e-3, 1e-6
+STEP_S, STEP_TOKEN_S = 5.3e-3, 6e-7
 # How much faster than in bf16 the products of a layer are in fp8, their rounding and that of the weights included.
 FP8_GAIN = 1.5
 # Of the layers, how many are tried as residents; of those that wait in RAM, how many as keeping one level less.
 SHARES = tuple(i / 16 for i in range(17))
 LESS = (0.25, 0.5, 0.75)
+# An arrangement is better if it takes this share of the other's time, or less.
+GAIN = 0.998
 # Of the budget, what is left free for what no plan foresees.
 RESERVE = 0.01
 
@@ -108,6 +116,11 @@ class Job:
         widths = {group: self.rank * sum(p in self.targets for p in parts) for group, parts in GROUPS.items()}
         return {group: rounded(width, TAIL_STEP) for group, width in widths.items()}
 
+    @cached_property
+    def found(self) -> dict[Hashable, Any]:
+        """What was computed of this job, by what it depends on: a search asks for the same again and again."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Arrangement:
@@ -133,6 +146,10 @@ class Arrangement:
 
     def kinds(self) -> Counter[tuple[Keep, bool]]:
         """How many layers keep what, and whether on the host."""
+        return self._kinds
+
+    @cached_property
+    def _kinds(self) -> Counter[tuple[Keep, bool]]:
         return Counter(zip(self.keep, self.on_host, strict=True))
 
     def summary(self) -> dict[str, object]:
@@ -166,51 +183,66 @@ def arrange(
 
     Raises DoesNotFit naming the bytes of the smallest arrangement.
     """
-    usable = int(budget * (1 - RESERVE))
-    best: Arrangement | None = None
-    smallest: Arrangement | None = None
+    search = _Search(job, int(budget * (1 - RESERVE)), card)
     shares = {"auto": SHARES, "resident": (1.0,), "streamed": (0.0,)}[residency]
     joins_fitting = 0
     for joined in _joins(job):
         fitting = 0
         for chunk in sorted({min(c, joined * job.row_tokens) for c in CHUNKS}, reverse=True):
-            found = False
-            for candidate in _candidates(job, usable, host_free, shares, keeps, joined, chunk):
-                made = estimate(job, candidate, card)
-                if smallest is None or made.predicted_bytes < smallest.predicted_bytes:
-                    smallest = made
-                if made.predicted_bytes <= usable:
-                    found = True
-                    best = made if best is None or made.step_s < best.step_s * 0.995 else best
-            fitting += found
+            found = [
+                search.look(_filled(job, search.budget, joined, chunk, host, device, shares))
+                for host, device in _levels(job, host_free, keeps, joined, chunk)
+            ]
+            fitting += any(found)
             if fitting == 2:  # smaller chunks and micro-batches only cost more launches and another projection
                 break
         joins_fitting += fitting > 0
         if joins_fitting == 2:
             break
-    if best is None:
-        if smallest is None:
-            raise RuntimeError("no arrangement was tried")
-        least = int(smallest.predicted_bytes / (1 - RESERVE)) + 1
+    if search.best is None:
+        least = budget_for(needed(search.smallest))
         raise DoesNotFit(
             f"this fine-tune needs at least {size(least)} of video memory, {size(budget)} are given",
             where="--vram",
             fix=f"Give --vram {least / 2**30 + 0.005:.2f}GiB, or a smaller --seq or --rank.",
         )
-    for made in _mixed(job, usable, card, shares, keeps, best):
-        best = made if made.step_s < best.step_s * 0.995 else best
-    return best
+    joined, chunk = search.best.joined, search.best.chunk
+    for host, device in _levels(job, host_free, keeps, joined, chunk):
+        for less in LESS if host - 1 in keeps else ():
+            search.look(_filled(job, search.budget, joined, chunk, host, device, shares, less))
+    return search.best
 
 
-def _mixed(
-    job: Job, budget: int, card: Card, shares: Sequence[float], keeps: Sequence[Keep], plan: Arrangement
-) -> Iterator[Arrangement]:
-    """Arrangements like `plan` in which some of the layers that wait in RAM keep one level less."""
-    host = plan.keep[0]
-    for less in LESS if plan.on_host[0] and host - 1 in keeps else ():
-        for made in _filled(job, budget, plan.joined, plan.chunk, host, plan.keep[-1], shares, less):
-            if made.predicted_bytes <= budget:
-                yield estimate(job, made, card)
+@dataclass
+class _Search:
+    """The fastest arrangement within a budget so far, and the smallest of all."""
+
+    job: Job
+    budget: int
+    card: Card
+    best: Arrangement | None = None
+    smallest: Arrangement | None = None
+
+    def look(self, more_and_more: Iterable[Arrangement]) -> bool:
+        """Whether one of these, which differ by more and more resident layers, fits; not farther than they can win."""
+        fits = False
+        for plan in more_and_more:
+            if self.smallest is None or plan.predicted_bytes < self.smallest.predicted_bytes:
+                self.smallest = plan
+            if plan.predicted_bytes > self.budget:
+                continue
+            fits, made = True, estimate(self.job, plan, self.card)
+            if self.best is None or made.step_s < self.best.step_s * GAIN:
+                self.best = made
+            unhindered = estimate(self.job, replace(plan, resident=self.job.spec.layers), self.card)
+            if unhindered.step_s >= self.best.step_s * GAIN and plan.keep[0] <= plan.keep[-1]:
+                break
+        return fits
+
+
+def budget_for(plan: Arrangement) -> int:
+    """The smallest budget in bytes under which `arrange` may choose `plan`."""
+    return int(plan.predicted_bytes / (1 - RESERVE)) + 2
 
 
 def _joins(job: Job) -> list[int]:
@@ -219,23 +251,13 @@ def _joins(job: Job) -> list[int]:
     return sorted({max(1, min(job.rows, size // job.row_tokens)) for size in sizes}, reverse=True)
 
 
-def _candidates(
-    job: Job,
-    budget: int,
-    host_free: int,
-    shares: Sequence[float],
-    keeps: Sequence[Keep],
-    joined: int,
-    chunk: int,
-) -> Iterator[Arrangement]:
-    """Arrangements worth a look; each takes as many layers on the device as the budget still holds."""
+def _levels(job: Job, host_free: int, keeps: Sequence[Keep], joined: int, chunk: int) -> Iterator[tuple[Keep, Keep]]:
+    """What layers may keep in RAM and on the device, the most first."""
     layers, tokens = job.spec.layers, job.rows * job.row_tokens
     for host in [keep for keep in keeps if keep < Keep.PRODUCTS] or [Keep.INPUT]:
         host_bytes = kept_bytes(job, host, long=joined * job.row_tokens > chunk) * tokens * (layers - 2)
-        if host > Keep.INPUT and host_bytes > HOST_SHARE * host_free:
-            continue
-        for device in keeps:
-            yield from _filled(job, budget, joined, chunk, host, device, shares)
+        if host == Keep.INPUT or host_bytes <= HOST_SHARE * host_free:
+            yield from ((host, device) for device in keeps)
 
 
 def _filled(
@@ -286,6 +308,20 @@ def _placed(
     return keep, tuple(i < away for i in range(layers))
 
 
+def _of_job(compute: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
+    """Compute once what depends on a job and on hashable values alone."""
+
+    def remembered(job: Job, /, *values: P.args, **named: P.kwargs) -> T:
+        key = (compute, values, *named.items())
+        if key not in job.found:
+            job.found[key] = compute(job, *values, **named)
+        return cast(T, job.found[key])
+
+    update_wrapper(remembered, compute)
+    return remembered
+
+
+@_of_job
 def kept_bytes(job: Job, keep: Keep, *, long: bool = False) -> int:
     """Bytes a token that a layer leaves for its backward, its input among them.
 
@@ -303,13 +339,25 @@ def kept_bytes(job: Job, keep: Keep, *, long: bool = False) -> int:
     return 2 * values + statistics
 
 
-def itemise(job: Job, plan: Arrangement) -> Arrangement:
-    """The same arrangement with its bytes: what is held throughout, and the peak of what comes and goes."""
+@_of_job
+def _held(job: Job) -> dict[str, int]:
+    """Items that no arrangement changes."""
     spec, groups = job.spec, group_sizes(job.spec)
     trained = adapter_parameters(spec, job.rank, job.targets, dora=job.dora)
     copies = 2 * sum(job.tail(g) * rows for g, (rows, _) in groups.items())
     normed = spec.layers * sum(rows for rows, _ in groups.values()) if job.dora else 0
-    tokens, micro = job.rows * job.row_tokens, plan.joined * job.row_tokens
+    return {
+        "one layer, unpacked": scratch_bytes(spec, {g: job.tail(g) for g in GROUPS})
+        if job.fp8
+        else 2 * sum(rows * (cols + job.tail(g)) for g, (rows, cols) in groups.items()),
+        "norms": 4 * (spec.layers * sum(spec.norm_shapes.values()) + spec.hidden),
+        "adapters, gradients, optimizer": 18 * trained + 8 * normed + copies,
+    }
+
+
+def itemise(job: Job, plan: Arrangement) -> Arrangement:
+    """The same arrangement with its bytes: what is held throughout, and the peak of what comes and goes."""
+    held, tokens, micro = _held(job), job.rows * job.row_tokens, plan.joined * job.row_tokens
     kept, long = {False: 0, True: 0}, plan.chunk < micro
     for (keep, away), count in plan.kinds().items():
         kept[away] += kept_bytes(job, keep, long=long) * count
@@ -318,14 +366,12 @@ def itemise(job: Job, plan: Arrangement) -> Arrangement:
         "embedding and head, packed": job.embed_bytes,
         "resident layers, packed": plan.resident * job.layer_bytes,
         "ring of layers, packed": plan.slots * job.layer_bytes,
-        "one layer, unpacked": scratch_bytes(spec, {g: job.tail(g) for g in GROUPS})
-        if job.fp8
-        else 2 * sum(rows * (cols + job.tail(g)) for g, (rows, cols) in groups.items()),
-        "head rows, unpacked": 2 * plan.head_rows * spec.hidden,
-        "norms": 4 * (spec.layers * sum(spec.norm_shapes.values()) + spec.hidden),
-        "adapters, gradients, optimizer": 18 * trained + 8 * normed + copies,
+        "one layer, unpacked": held["one layer, unpacked"],
+        "head rows, unpacked": 2 * plan.head_rows * job.spec.hidden,
+        "norms": held["norms"],
+        "adapters, gradients, optimizer": held["adapters, gradients, optimizer"],
         "activations kept on the GPU": here,
-        "tokens, positions, rotation": tokens * (4 * 2 * spec.head_dim + 40),
+        "tokens, positions, rotation": tokens * (4 * 2 * job.spec.head_dim + 40),
         "work space, activations in transit": max(0, activation_peak(job, plan, micro, tokens) - here),
         "matrix library": LIBRARY_BYTES + GRAPH_BYTES * job.graphs,
     }
@@ -436,31 +482,44 @@ class _Visit:
         return max(start, mlp, attention + apart_m, end) + self.selected()
 
 
+class _Peaks(NamedTuple):
+    """Of a visit (see `_Visit`)."""
+
+    forward: int
+    backward: int
+    kept: int
+
+
+@_of_job
+def _peaks(job: Job, keep: Keep, n: int, c: int, m: int) -> _Peaks:
+    visit = _Visit(job, keep, n, c, m)
+    return _Peaks(visit.forward(), visit.backward(), visit.kept())
+
+
 def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int:
     """Bytes of everything that comes and goes in a step, what waits on the GPU for the backward among it."""
-    spec, chunk = job.spec, min(plan.chunk, micro)
-    d = spec.hidden
-    away = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if host]
-    here = [keep for keep, host in zip(plan.keep, plan.on_host, strict=True) if not host]
+    d, chunk = job.spec.hidden, min(plan.chunk, micro)
+    away = [keep for keep, host in plan.kinds() if host]
+    here = [keep for keep, host in zip(plan.keep[-2:], plan.on_host[-2:], strict=True) if not host]
     long = chunk < micro
     waiting = sum(kept_bytes(job, k, long=long) * n for (k, host), n in plan.kinds().items() if not host) * tokens
     # Of the last layer only few positions may go on after its attention; it is gone before the one below goes back.
     fewer = rounded(int(job.labelled_most * micro), label_step(micro))
     fewer = fewer if fewer < FEW * micro else micro
-    last = _Visit(job, plan.keep[-1], micro, chunk, fewer)
+    last = _peaks(job, plan.keep[-1], micro, chunk, fewer)
     own = kept_bytes(job, here[-1], long=long) * tokens if here else 0
-    waiting_last = waiting - own + (last.kept() * tokens // micro if here else 0)
+    waiting_last = waiting - own + (last.kept * tokens // micro if here else 0)
     states = d * tokens
-    peaks = [2 * (states + last.forward()) + waiting - own * micro // tokens]
+    peaks = [2 * (states + last.forward) + waiting - own * micro // tokens]
     peaks.append(waiting_last + head_peak(job, plan, tokens))
-    peaks.append(waiting_last + 2 * (states + last.backward()))
+    peaks.append(waiting_last + 2 * (states + last.backward))
     if len(here) > 1:
-        below = _Visit(job, here[-2], micro, chunk, micro)
-        peaks.append(waiting - own + 2 * (states + below.backward()))
+        below = _peaks(job, here[-2], micro, chunk, micro)
+        peaks.append(waiting - own + 2 * (states + below.backward))
     if away:
-        visit, moved = _Visit(job, max(away), micro, chunk, micro), kept_bytes(job, max(away), long=long)
-        peaks.append(2 * (states + visit.forward()) + 2 * moved * micro)
-        peaks.append(2 * (states + visit.backward()) + 2 * moved * tokens)
+        visit, moved = _peaks(job, max(away), micro, chunk, micro), kept_bytes(job, max(away), long=long)
+        peaks.append(2 * (states + visit.forward) + 2 * moved * micro)
+        peaks.append(2 * (states + visit.backward) + 2 * moved * tokens)
     return max(peaks)
 
 
@@ -475,13 +534,52 @@ def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
 
     That is taken up and down, of the layers that keep on the device and of those that keep on the host.
     """
+    spec, tokens, pace = job.spec, job.rows * job.row_tokens, _pace(job, card, plan.joined, plan.chunk)
+    long = plan.chunk < plan.joined * job.row_tokens
+    launches = -(-tokens // (plan.joined * job.row_tokens)) * -(-plan.joined * job.row_tokens // plan.chunk)
+    computing = sum(count * (pace.up + pace.down[keep]) for (keep, _), count in plan.kinds().items())
+    launching = spec.layers * launches * (LAUNCH_UP_S + LAUNCH_DOWN_S)
+    graphed = job.graphs and launching > GRAPH_SHARE * computing
+    issued = launches * (GRAPHED if graphed else 1.0)
+    weight, streamed, step_s = job.layer_bytes / card.link, 1 - plan.resident / spec.layers, pace.rest
+    for place in set(plan.on_host):
+        keeps = [(keep, count) for (keep, away), count in plan.kinds().items() if away == place]
+        layers = sum(count for _, count in keeps)
+        moved = sum(n * kept_bytes(job, k, long=long) for k, n in keeps) * tokens / card.link / layers if place else 0.0
+        up = max(pace.up, issued * LAUNCH_UP_S)
+        down = max(sum(n * pace.down[k] for k, n in keeps) / layers, issued * LAUNCH_DOWN_S)
+        step_s += layers * _paced(up, streamed, weight, moved, BOTH_WAYS)
+        step_s += layers * _paced(down, streamed, weight, moved, 1.0)
+    return replace(plan, step_s=step_s, graphed=graphed)
+
+
+def _paced(busy: float, streamed: float, weight: float, moved: float, ways: float) -> float:
+    """Seconds a layer where the device is `busy` for some, and the link with its weights and what it keeps.
+
+    Layers that are `streamed` lie among those that are not; how far these lend them their time on the link is LENT.
+    """
+    apart = max(busy, weight, moved, (weight + moved) / ways) * streamed + max(busy, moved) * (1 - streamed)
+    weight *= streamed
+    return LENT * max(busy, weight, moved, (weight + moved) / ways) + (1 - LENT) * apart
+
+
+class _Pace(NamedTuple):
+    """Seconds of computing: of a layer up and, by what it keeps, down; of all that is not layers."""
+
+    up: float
+    down: Mapping[Keep, float]
+    rest: float
+
+
+@_of_job
+def _pace(job: Job, card: Card, joined: int, chunk: int) -> _Pace:
     spec, tokens = job.spec, job.rows * job.row_tokens
     weights = {part: rows * cols for part, (rows, cols) in spec.linear_shapes.items()}
     whole = sum(weights.values())
     again = {Keep.INPUT: 1.0, Keep.NARROW: 1 - (weights["o"] + weights["down"]) / whole, Keep.PRODUCTS: 0.0}
     again[Keep.HEADS] = (weights["gate"] + weights["up"]) / whole
     adapters = sum(job.tail(group) * sum(size) for group, size in group_sizes(spec).items()) / ADAPTER_SHARE
-    rows = min(plan.chunk, plan.joined * job.row_tokens)
+    rows = min(chunk, joined * job.row_tokens)
     flops: float = card.flops * (rows * spec.hidden / PROBED_SIZE) ** SIZE_GAIN
     a_pass = 2 * (whole / (FP8_GAIN if job.fp8 else 1) + adapters) * tokens / flops
     whole_layers = sum(spec.is_global(i) for i in range(spec.layers)) / spec.layers
@@ -489,37 +587,25 @@ def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
     attention = 4 * seen * spec.heads * spec.head_dim * tokens / (ATTENTION_SHARE * card.flops)
     unpacked = 2.05 * whole / card.memory
     touched_up, touched_down = (2 * tokens / card.memory * values for values in _touched(spec))
-    a_up = a_pass + attention + unpacked + touched_up
-    a_down = a_pass + 2.5 * attention + unpacked + touched_down
-    long = plan.chunk < plan.joined * job.row_tokens  # the joint projection is not kept, and is computed twice
+    a_down = a_pass + ATTENTION_BACK * attention + unpacked + touched_down
+    long = chunk < joined * job.row_tokens  # the joint projection is not kept, and is computed twice
     joint = a_pass * (weights["q"] + weights["k"] + weights["v"]) / whole if long else 0.0
-
-    def computed(keep: Keep) -> float:
-        anew = again[keep] * a_pass + (attention if keep < Keep.NARROW else 0.0)
-        return a_down + anew + joint * (2 if keep >= Keep.HEADS else 1)
-
-    launches = -(-tokens // (plan.joined * job.row_tokens)) * -(-plan.joined * job.row_tokens // plan.chunk)
-    computing = sum(count * (a_up + computed(keep)) for (keep, _), count in plan.kinds().items())
-    launching = spec.layers * launches * (LAUNCH_UP_S + LAUNCH_DOWN_S)
-    graphed = job.graphs and launching > GRAPH_SHARE * computing
-    issued = launches * (GRAPHED if graphed else 1.0)
-    a_weight = job.layer_bytes / card.link * (1 - plan.resident / spec.layers)
+    down = {
+        keep: a_down
+        + anew * a_pass
+        + (attention if keep < Keep.NARROW else 0.0)
+        + joint * (2 if keep >= Keep.HEADS else 1)
+        for keep, anew in again.items()
+    }
     head = 4 * spec.vocab * spec.hidden * tokens * job.labelled / card.flops
-    step_s = 1.2 * head + STEP_S + STEP_TOKEN_S * tokens
-    for away in set(plan.on_host):
-        keeps = {keep: count for (keep, where), count in plan.kinds().items() if where == away}
-        count, coming = sum(keeps.values()), sum(keeps.values()) * a_weight
-        moved = sum(n * kept_bytes(job, k, long=long) for k, n in keeps.items()) * tokens / card.link if away else 0.0
-        step_s += max(count * a_up, count * issued * LAUNCH_UP_S, coming, moved, (coming + moved) / BOTH_WAYS)
-        down = sum(n * computed(k) for k, n in keeps.items())
-        step_s += max(down, count * issued * LAUNCH_DOWN_S, coming + moved)
-    return replace(plan, step_s=step_s, graphed=graphed)
+    rest = HEAD * head + STEP_S + STEP_TOKEN_S * tokens
+    return _Pace(a_pass + attention + unpacked + touched_up, down, rest)
 
 
 def _touched(spec: ModelSpec) -> tuple[float, float]:
     """Values a token that a layer's elementwise kernels read or write, up and down; measured, so none of them whole."""
     d, f, qkv, out = spec.hidden, spec.mlp, _qkv(spec), spec.heads * spec.head_dim
-    return 9.5 * d + 3.2 * f + 2.4 * qkv + 2.4 * out, 22 * d + 10.2 * f + 3.9 * qkv + 2.4 * out
+    return 8.9 * d + 3 * f + 2.3 * (qkv + out), 35 * d + 16.3 * f + 6.3 * qkv + 3.8 * out
 
 
 def itemised(plan: Arrangement, budget: int) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gemwright.errors import GemwrightError, MachineError, needed
+from gemwright.errors import DoesNotFit, GemwrightError, MachineError, needed
 from gemwright.report import command, say
 from gemwright.runs import RunFolder
 from gemwright.train.background import in_background
@@ -187,12 +187,15 @@ class Training:
     def _until_ended(self) -> Ending:
         try:
             return self._steps()
+        except DoesNotFit:  # the step that ran out of it, in what others left
+            reason = "video memory ran out, and too little of it is left to go on"
         except (MemoryError, RuntimeError) as error:
             if not _ran_out(error):
                 raise
             kind = "video memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            reason = f"{kind} ran out{' twice' if self._was_shrunk else ''}"
         # Only now, when the error no longer holds on to what the step had taken.
-        return Ending("failed", f"{kind} ran out{' twice' if self._was_shrunk else ''}", is_memory=True)
+        return Ending("failed", reason, is_memory=True)
 
     def _steps(self) -> Ending:
         config, setup, state = self.config, self.setup, self.state

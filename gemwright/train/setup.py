@@ -21,7 +21,7 @@ from gemwright.model.residency import UnpackedResidency
 from gemwright.model.sources import LayerBytes
 from gemwright.model.streamed import StreamedResidency, spread
 from gemwright.plan.answer import card_of, room_for_activations
-from gemwright.plan.training import MIB, Arrangement, Card, Job, arrange, described, itemised
+from gemwright.plan.training import MIB, Arrangement, Card, Job, arrange, budget_for, described, itemised
 from gemwright.report import say
 from gemwright.rigs import this_machine
 from gemwright.train.batches import Encoded, Row, make_row
@@ -321,15 +321,18 @@ def median_s(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def shrink(setup: Setup, config: TrainConfig, file: ModelFile) -> None:
-    """Lay the same step out smaller, after memory that was counted on was taken by others."""
+    """Lay the same step out smaller, after memory that was counted on was taken by others.
+
+    Raises DoesNotFit where too little is left.
+    """
     device, plan = setup.device, needed(setup.arrangement)
     setup.close()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    left, had = free + torch.cuda.memory_reserved(device), plan.predicted_bytes
+    left, had = free + torch.cuda.memory_reserved(device), budget_for(plan)
     try:
         plan = plan_for(config, file, device, min(int(had * 0.85), left))
-    except DoesNotFit:  # it was the smallest already
+    except DoesNotFit:  # little is smaller
         plan = plan_for(config, file, device, min(had, left))
     new = on_gpu(plan, config, file, setup.lora, device, setup.dtype)
     setup.model, setup.work, setup.store = new.model, new.work, new.store

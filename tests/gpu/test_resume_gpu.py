@@ -112,5 +112,4 @@ def test_memory_that_ran_out_twice_is_a_checkpoint(data: Path, tmp_path: Path, m
         with pytest.raises(MachineError, match="ran out twice"):
             tune(config(data, tmp_path / "run", deterministic=True, residency="streamed"))
     assert resume(tmp_path / "run").steps == 12
-    # The smaller arrangement may pass in smaller pieces, whose sums round otherwise.
-    assert losses(tmp_path / "run")[0] == pytest.approx(losses(tmp_path / "whole")[0], rel=1e-3)
+    assert losses(tmp_path / "run")[0] == losses(tmp_path / "whole")[0]

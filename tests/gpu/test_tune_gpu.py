@@ -85,9 +85,8 @@ def test_a_step_that_ran_out_of_memory_is_done_again(
     loop.tune(config(data, tmp_path / "calm", residency="streamed"))
     failing(monkeypatch, {3})
     loop.tune(config(data, tmp_path / "short", residency="streamed"))
-    short, calm = losses(tmp_path / "short"), losses(tmp_path / "calm")
-    assert short[:2] == calm[:2]
-    assert short == pytest.approx(calm, rel=1e-3)  # smaller pieces, whose sums may round otherwise
+    # Nothing that is much smaller exists for so small a model, so it is laid out as before: the same bits.
+    assert losses(tmp_path / "short") == losses(tmp_path / "calm")
     assert "video memory ran out" in capsys.readouterr().err
 
 
@@ -97,6 +96,30 @@ def test_the_second_time_what_was_trained_is_saved(data: Path, tmp_path: Path, m
         loop.tune(config(data, tmp_path / "run"))
     assert len(losses(tmp_path / "run")) == 3
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_where_too_little_is_left_what_was_trained_is_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, {3})
+
+    def nothing_left(*args: Any, **settings: Any) -> Any:
+        raise DoesNotFit("others took nearly all of it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "shrink", nothing_left)
+        with pytest.raises(MachineError, match=r"too little of it is left.*runs resume"):
+            loop.tune(config(data, tmp_path / "run"))
+    assert len(losses(tmp_path / "run")) == 2
+    assert loop.resume(tmp_path / "run").steps == 6
+
+
+def test_a_smaller_arrangement_learns_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.tune(config(data, tmp_path / "calm", seq=1024, tokens_per_step=8192, max_steps=4))
+    failing(monkeypatch, {3})
+    loop.tune(config(data, tmp_path / "short", seq=1024, tokens_per_step=8192, max_steps=4))
+    short, calm = losses(tmp_path / "short"), losses(tmp_path / "calm")
+    assert short[:2] == calm[:2] and short == pytest.approx(calm, rel=1e-3)  # other micro-batches round otherwise
 
 
 def test_a_budget_too_small_names_the_one_that_fits(data: Path, tmp_path: Path) -> None:

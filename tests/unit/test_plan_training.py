@@ -15,6 +15,7 @@ from gemwright.plan.training import (
     Card,
     Job,
     arrange,
+    budget_for,
     described,
     estimate,
     itemise,
@@ -71,6 +72,26 @@ def test_no_arrangement_exceeds_its_budget_and_more_is_never_slower(
     assert plan.predicted_bytes <= budget * GIB
     roomier = arrange(asked, 2 * budget * GIB, H100, 64 * GIB)
     assert roomier.step_s <= plan.step_s * 1.01
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.sampled_from(sorted(SPECS)), rows=st.integers(1, 8), budget=st.integers(3, 30))
+def test_a_plan_fits_the_smallest_budget_under_which_it_may_be_chosen(size: str, rows: int, budget: int) -> None:
+    asked = job(size, rows, 1024)
+    plan = arrange(asked, budget * GIB, H100, 64 * GIB)
+    again = arrange(asked, budget_for(plan), H100, 64 * GIB)
+    assert again.step_s <= plan.step_s * 1.02 and budget_for(plan) <= budget * GIB + 2
+
+
+def test_layers_that_stay_lend_their_link_to_those_that_come_only_in_part() -> None:
+    asked = job("12b", 1, 2048)
+    keep, away = (Keep.NARROW,) * 48, (True,) * 48
+    half = estimate(asked, itemise(asked, Arrangement(24, 2, keep, away, 1, 2048, 2048, 4096)), H100)
+    none, all_of_them = (
+        estimate(asked, itemise(asked, Arrangement(count, 2, keep, away, 1, 2048, 2048, 4096)), H100)
+        for count in (0, 48)
+    )
+    assert all_of_them.step_s < half.step_s < (none.step_s + all_of_them.step_s) / 2
 
 
 @pytest.mark.parametrize("size", ["4b", "27b"])
