@@ -224,7 +224,8 @@ class _Builder:
         if card.vendor == "apple":
             vram = min(vram, ram)
             self.say("gpu.vram_bytes", "assumed", "Metal's usual share of memory, or iogpu.wired_limit_mb")
-        flops = max(probes.gpu_bf16_flops.values(), default=None)
+        by_shape = sorted(probes.gpu_bf16_flops.values())  # the largest varies most from probe to probe
+        flops = by_shape[len(by_shape) // 2] if by_shape else None
         rate = self.take("gpu.bf16_flops", flops, ASSUMED_GPU_FLOPS, small, "doctor")
         memory = self.take("gpu.memory_bytes_s", probes.gpu_memory_bytes_s, ASSUMED_GPU_BYTES_S, small, "doctor")
         link, both = self.link(card, ram_s)

@@ -21,7 +21,7 @@ GIB = 1 << 30
 # What a training process holds beside the model's file and its activations: PyTorch, CUDA's library, Python.
 TRAINER_BYTES = int(1.35 * GIB)
 # A long run of products is slower than a short one, as the card's power limit has it; so is real work than a copy.
-SUSTAINED = {"bf16_flops": 0.83, "memory_bytes_s": 0.96, "link_bytes_s": 1.0}
+SUSTAINED = {"bf16_flops": 0.88, "memory_bytes_s": 0.96, "link_bytes_s": 1.0}
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
 # From this width on a CPU's products in bf16 are as fast as they get; in fp32 they are sooner.

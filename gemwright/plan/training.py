@@ -46,28 +46,30 @@ CHAT_LABELLED = (0.3, 0.35)
 CHUNKS = (8192, 4096, 2048, 1024)
 HOST_SHARE = 0.7
 # Bytes a second over a link that is busy both ways, beside those of one way.
-BOTH_WAYS = 1.66
+BOTH_WAYS = 1.54
 # Of the time that resident layers leave the link idle, what serves the streamed ones between them.
-LENT = 0.46
+LENT = 0.65
+# How much of the shorter of computing and copying is not hidden behind the longer.
+HINDRANCE = 0.028
 # Products of more rows times columns than these run faster, by this power of them.
 PROBED_SIZE, SIZE_GAIN = 2048 * 1536, 0.05
 # How fast attention and the thin products of adapters are beside other products.
-ATTENTION_SHARE, ADAPTER_SHARE = 0.428, 1.5
+ATTENTION_SHARE, ADAPTER_SHARE = 0.403, 1.5
 # How long attention's backward takes, in forwards; how long the head, beside its products.
-ATTENTION_BACK, HEAD = 2.4, 0.79
+ATTENTION_BACK, HEAD = 2.34, 0.86
 # What a layer costs the CPU that launches its kernels.
 LAUNCH_UP_S, LAUNCH_DOWN_S = 0.6e-3, 1.3e-3
 # The share of a step's other time from which on launching is left to a graph, and what then remains of it.
 GRAPH_SHARE, GRAPHED = 0.25, 0.08
 # What a step costs beside its layers: its rows are made and copied, the optimizer runs.
-STEP_S, STEP_TOKEN_S = 5.3e-3, 6e-7
+STEP_S, STEP_TOKEN_S = 5.1e-3, 6.8e-7
 # How much faster than in bf16 the products of a layer are in fp8, their rounding and that of the weights included.
 FP8_GAIN = 1.5
 # Of the layers, how many are tried as residents; of those that wait in RAM, how many as keeping one level less.
 SHARES = tuple(i / 16 for i in range(17))
 LESS = (0.25, 0.5, 0.75)
-# An arrangement is better if it takes this share of the other's time, or less.
-GAIN = 0.998
+# An arrangement is better if it takes this share of the other's time, or less; if its layers keep unlike things, this.
+GAIN, MIXED_GAIN = 0.998, 0.995
 # Of the budget, what is left free for what no plan foresees.
 RESERVE = 0.01
 
@@ -209,7 +211,7 @@ def arrange(
     joined, chunk = search.best.joined, search.best.chunk
     for host, device in _levels(job, host_free, keeps, joined, chunk):
         for less in LESS if host - 1 in keeps else ():
-            search.look(_filled(job, search.budget, joined, chunk, host, device, shares, less))
+            search.look(_filled(job, search.budget, joined, chunk, host, device, shares, less), MIXED_GAIN)
     return search.best
 
 
@@ -223,7 +225,7 @@ class _Search:
     best: Arrangement | None = None
     smallest: Arrangement | None = None
 
-    def look(self, more_and_more: Iterable[Arrangement]) -> bool:
+    def look(self, more_and_more: Iterable[Arrangement], gain: float = GAIN) -> bool:
         """Whether one of these, which differ by more and more resident layers, fits; not farther than they can win."""
         fits = False
         for plan in more_and_more:
@@ -232,10 +234,10 @@ class _Search:
             if plan.predicted_bytes > self.budget:
                 continue
             fits, made = True, estimate(self.job, plan, self.card)
-            if self.best is None or made.step_s < self.best.step_s * GAIN:
+            if self.best is None or made.step_s < self.best.step_s * gain:
                 self.best = made
             unhindered = estimate(self.job, replace(plan, resident=self.job.spec.layers), self.card)
-            if unhindered.step_s >= self.best.step_s * GAIN and plan.keep[0] <= plan.keep[-1]:
+            if unhindered.step_s >= self.best.step_s * gain and plan.keep[0] <= plan.keep[-1]:
                 break
         return fits
 
@@ -558,9 +560,16 @@ def _paced(busy: float, streamed: float, weight: float, moved: float, ways: floa
 
     Layers that are `streamed` lie among those that are not; how far these lend them their time on the link is LENT.
     """
-    apart = max(busy, weight, moved, (weight + moved) / ways) * streamed + max(busy, moved) * (1 - streamed)
+    apart = _beside(busy, max(weight, moved, (weight + moved) / ways)) * streamed + _beside(busy, moved) * (
+        1 - streamed
+    )
     weight *= streamed
-    return LENT * max(busy, weight, moved, (weight + moved) / ways) + (1 - LENT) * apart
+    return LENT * _beside(busy, max(weight, moved, (weight + moved) / ways)) + (1 - LENT) * apart
+
+
+def _beside(busy: float, linked: float) -> float:
+    """Seconds of computing and copying side by side: the longer, and a share of the other."""
+    return max(busy, linked) + HINDRANCE * min(busy, linked)
 
 
 class _Pace(NamedTuple):
@@ -605,7 +614,7 @@ def _pace(job: Job, card: Card, joined: int, chunk: int) -> _Pace:
 def _touched(spec: ModelSpec) -> tuple[float, float]:
     """Values a token that a layer's elementwise kernels read or write, up and down; measured, so none of them whole."""
     d, f, qkv, out = spec.hidden, spec.mlp, _qkv(spec), spec.heads * spec.head_dim
-    return 8.9 * d + 3 * f + 2.3 * (qkv + out), 35 * d + 16.3 * f + 6.3 * qkv + 3.8 * out
+    return 8.9 * d + 3 * f + 2.3 * (qkv + out), 33.6 * d + 15.7 * f + 6 * qkv + 3.6 * out
 
 
 def itemised(plan: Arrangement, budget: int) -> list[str]:
