@@ -90,6 +90,7 @@ def linear_cross_entropy(
         if found is not None:
             here = ((target_M >= start) & (target_M < stop)).nonzero().squeeze(1)
             found[here] = head[target_M[here] - start].float()
+        del logits  # before the next, which takes as much
     ignored = (target_M < 0).unsqueeze(1)
     nll = (running.total.log() + running.top - running.right).masked_fill_(ignored, 0).squeeze(1)
     if dh is None:

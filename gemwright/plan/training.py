@@ -41,6 +41,8 @@ GRAPH_BYTES = 56 * MIB
 # What the allocator cannot hand out again between blocks: of those that come and go, of those that stay a step, of all.
 SLACK, KEPT_SLACK, MOST_SLACK = 0.22, 0.008, 0.025
 MICRO_TOKENS = 8192
+# Of them, how many meet the head at once: more are hardly faster, and take memory when it is fullest.
+POSITIONS = 4096
 # Of the tokens of chats, how many are targets, and of the row with the most of them, where nobody knows better.
 CHAT_LABELLED = (0.3, 0.35)
 CHUNKS = (8192, 4096, 2048, 1024)
@@ -275,7 +277,7 @@ def _filled(
     """With more and more resident layers, until they alone are too many."""
     long = joined * job.row_tokens > chunk
     layers, each = job.spec.layers, kept_bytes(job, device, long=long) * job.rows * job.row_tokens
-    positions, head_rows = min(MICRO_TOKENS, chunk), 8192 if chunk >= 4096 else 4096
+    positions, head_rows = min(POSITIONS, chunk), 8192 if chunk >= 4096 else 4096
     for share in shares:
         resident = round(share * layers)
         slots = min(2, layers - resident)
