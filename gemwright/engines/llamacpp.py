@@ -107,11 +107,15 @@ class LlamaCpp:
     def generate_many(
         self,
         prompts: list[list[int]],
-        sampling: Sampling,
+        sampling: Sampling | list[Sampling],
         on_done: Callable[[int, Generation], None] | None = None,
     ) -> list[Generation]:
-        """Answer `prompts`, `parallel` of them side by side; `on_done(index, answer)` as each ends."""
-        orders = [self._generate_order(ids, sampling, quiet=True) for ids in prompts]
+        """Answer `prompts`, `parallel` of them side by side; `on_done(index, answer)` as each ends.
+
+        `sampling` is one for all, or one a prompt.
+        """
+        each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+        orders = [self._generate_order(ids, one, quiet=True) for ids, one in zip(prompts, each, strict=True)]
         results: dict[int, Generation] = {}
         with self._ask(*orders) as answers:
             for answer in answers:

@@ -24,8 +24,8 @@ TRAINER_BYTES = int(1.35 * GIB)
 SUSTAINED = {"bf16_flops": 0.88, "memory_bytes_s": 0.96, "link_bytes_s": 1.0}
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
-# From this width on a CPU's products in bf16 are as fast as they get; in fp32 they are sooner.
-FULL_WIDTH = 850
+# From this width on a CPU's products in bf16 are as fast as they get; in fp32 this power of it counts, up to that much.
+FULL_WIDTH, FP32_GAIN = 850, (0.35, 1.25)
 # Of unified memory, what macOS lets the GPU hold.
 UNIFIED_SHARE = 0.7
 # How far predictions were from measurements; said with each.
@@ -205,7 +205,8 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
     items.append(("host", "layers kept unpacked", kept))
     flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * CHAT_LABELLED[0]
     recompute = 1.5 if again else 1.0
-    share = CPU_SHARE * (min(1.0, spec.hidden / FULL_WIDTH) if in_bf16 else 1.0)
+    wide = min(1.0, spec.hidden / FULL_WIDTH) if in_bf16 else min(FP32_GAIN[1], (spec.hidden / 640) ** FP32_GAIN[0])
+    share = CPU_SHARE * wide
     speed = share * max(rig.cpu.bf16_flops, rig.cpu.fp32_flops) / (flops * recompute)
     words = f"on the CPU; {size(least + kept)} of RAM"
     return Answer(
@@ -214,7 +215,8 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
 
 
 def _run(name: str, model: ModelBytes, rig: Rig, work: Work, *, hint: bool) -> Answer:
-    host = Place(rig.ram_bytes_s, rig.cpu.fp32_flops, int(rig.ram_available_bytes * RAM_SHARE))
+    narrow, room = rig.cpu.bf16_flops < rig.cpu.fp32_flops, int(rig.ram_available_bytes * RAM_SHARE)
+    host = Place(rig.ram_bytes_s, rig.cpu.fp32_flops, room, narrow)
     gpu = None
     if rig.gpu is not None and rig.unified:  # one memory, at the GPU's speed
         host = Place(rig.gpu.memory_bytes_s, rig.gpu.bf16_flops, int(rig.ram_bytes * UNIFIED_SHARE))

@@ -30,6 +30,9 @@ READ_SHARE, GPU_READ_SHARE, MULTIPLY_SHARE = 1.4, 0.75, 0.87
 TOKEN_COST = {"Q4_0": 1.8, "Q4_K": 1.9, "Q5_0": 3.2, "Q5_K": 3.0, "Q6_K": 3.2, "Q8_0": 3.7, "F16": 3.0, "F32": 3.0}
 PROMPT_COST = {"Q4_0": 1.0, "Q4_K": 0.85, "Q5_0": 1.3, "Q5_K": 1.2, "Q6_K": 1.2, "Q8_0": 1.05, "F16": 1.8, "F32": 1.8}
 OTHER_COST = (3.2, 1.3)
+# The same where vectors are 256 bits wide, as on processors whose products in bf16 are the slower ones.
+NARROW_TOKEN_COST = TOKEN_COST | {"Q4_0": 2.3, "Q4_K": 2.1, "F16": 6.2}
+NARROW_PROMPT_COST = PROMPT_COST | {"Q4_0": 0.8, "Q4_K": 0.75, "F16": 1.55}
 # Types that llama.cpp keeps a second time in RAM, in an order that its CPU products read faster.
 REPACKED = ("Q4_0", "Q4_K")
 # What a token costs beside its products: sampling from 262,144, the server; and what a layer adds.
@@ -38,11 +41,15 @@ TOKEN_S, LAYER_S, PROMPT_LAYER_S, GPU_LAYER_S = 2.5e-3, 0.1e-3, 45e-6, 40e-6
 
 @dataclass(frozen=True)
 class Place:
-    """A processor with its memory: bytes/s it reads weights at, products in FLOP/s, bytes it may hold."""
+    """A processor with its memory: bytes/s it reads weights at, products in FLOP/s, bytes it may hold.
+
+    A CPU's vectors may be `narrow`, of 256 bits.
+    """
 
     memory_bytes_s: float
     flops: float
     room_bytes: int
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def _timed(model: ModelBytes, plan: RunPlan, host: Place, gpu: Place | None) -> 
     split = spec.layers - there
     weights = sum(r * c for r, c in spec.linear_shapes.values())
     head_there = plan.gpu_layers > spec.layers
-    linear, head, prompt = _costs(model)
+    linear, head, prompt = _costs(model, host)
     share = split / spec.layers
     reading = sum(model.layers[:split]) + (0 if head_there else model.embed)
     flops = 2 * (share * linear + (0 if head_there else head))
@@ -167,14 +174,15 @@ def _timed(model: ModelBytes, plan: RunPlan, host: Place, gpu: Place | None) -> 
     return replace(plan, decode_tokens_per_s=1 / token_s, prefill_tokens_per_s=1 / prompt_s)
 
 
-def _costs(model: ModelBytes) -> tuple[float, float, float]:
+def _costs(model: ModelBytes, host: Place) -> tuple[float, float, float]:
     """In fp32 products: what one token's linear layers and head are worth, and a weight of a prompt's layers."""
+    a_token, a_prompt = (NARROW_TOKEN_COST, NARROW_PROMPT_COST) if host.narrow else (TOKEN_COST, PROMPT_COST)
     types = dict(model.by_type)
     types[model.embed_type] -= model.embed
     weights = {kind: weights_of(count, kind) for kind, count in types.items() if count > 0}
-    linear = sum(count * TOKEN_COST.get(kind, OTHER_COST[0]) for kind, count in weights.items())
-    prompt = sum(count * PROMPT_COST.get(kind, OTHER_COST[1]) for kind, count in weights.items())
-    head = model.spec.vocab * model.spec.hidden * TOKEN_COST.get(model.embed_type, OTHER_COST[0])
+    linear = sum(count * a_token.get(kind, OTHER_COST[0]) for kind, count in weights.items())
+    prompt = sum(count * a_prompt.get(kind, OTHER_COST[1]) for kind, count in weights.items())
+    head = model.spec.vocab * model.spec.hidden * a_token.get(model.embed_type, OTHER_COST[0])
     return linear, head, prompt / sum(weights.values())
 
 

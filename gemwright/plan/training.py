@@ -65,6 +65,8 @@ LAUNCH_UP_S, LAUNCH_DOWN_S = 0.6e-3, 1.3e-3
 GRAPH_SHARE, GRAPHED = 0.25, 0.08
 # What a step costs beside its layers: its rows are made and copied, the optimizer runs.
 STEP_S, STEP_TOKEN_S = 5.1e-3, 6.8e-7
+# Bytes of video memory that clipping, the optimizer and the adapters' copies read and write for a trained value.
+UPDATE_BYTES = 60
 # How much faster than in bf16 the products of a layer are in fp8, their rounding and that of the weights included.
 FP8_GAIN = 1.5
 # Of the layers, how many are tried as residents; of those that wait in RAM, how many as keeping one level less.
@@ -609,7 +611,8 @@ def _pace(job: Job, card: Card, joined: int, chunk: int) -> _Pace:
         for keep, anew in again.items()
     }
     head = 4 * spec.vocab * spec.hidden * tokens * job.labelled / card.flops
-    rest = HEAD * head + STEP_S + STEP_TOKEN_S * tokens
+    update = UPDATE_BYTES * adapter_parameters(spec, job.rank, job.targets, dora=job.dora) / card.memory
+    rest = HEAD * head + STEP_S + STEP_TOKEN_S * tokens + update
     return _Pace(a_pass + attention + unpacked + touched_up, down, rest)
 
 

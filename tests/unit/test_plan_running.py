@@ -87,3 +87,9 @@ def test_a_smaller_cache_is_named_where_it_brings_layers_to_the_gpu() -> None:
     small = run_plan(published("12b"), 16_384, HOST, CARD, cache="q8_0")
     assert small.gpu_layers > plan.gpu_layers
     assert found["keys and values in q8_0"].tokens_per_s == small.decode_tokens_per_s
+
+
+def test_narrow_vectors_make_a_token_dearer_and_a_prompt_cheaper_beside_fp32() -> None:
+    wide, narrow = (run_plan(published("4b"), 4096, Place(1e12, 100e9, 56 * GIB, narrow=n)) for n in (False, True))
+    assert narrow.decode_tokens_per_s < wide.decode_tokens_per_s
+    assert narrow.prefill_tokens_per_s > wide.prefill_tokens_per_s
