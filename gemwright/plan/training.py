@@ -212,9 +212,9 @@ def arrange(
             where="--vram",
             fix=f"Give --vram {least / 2**30 + 0.005:.2f}GiB, or a smaller --seq or --rank.",
         )
-    joined, chunk = search.best.joined, search.best.chunk
+    joined, chunk, here = search.best.joined, search.best.chunk, search.best.keep[-1]
     for host, device in _levels(job, host_free, keeps, joined, chunk):
-        for less in LESS if host - 1 in keeps else ():
+        for less in LESS if device == here and host - 1 in keeps else ():
             search.look(_filled(job, search.budget, joined, chunk, host, device, shares, less), MIXED_GAIN)
     return search.best
 
@@ -258,7 +258,7 @@ def _joins(job: Job) -> list[int]:
 
 
 def _levels(job: Job, host_free: int, keeps: Sequence[Keep], joined: int, chunk: int) -> Iterator[tuple[Keep, Keep]]:
-    """What layers may keep in RAM and on the device, the most first."""
+    """What layers may keep in RAM and on the device, the least first."""
     layers, tokens = job.spec.layers, job.rows * job.row_tokens
     for host in [keep for keep in keeps if keep < Keep.PRODUCTS] or [Keep.INPUT]:
         host_bytes = kept_bytes(job, host, long=joined * job.row_tokens > chunk) * tokens * (layers - 2)
