@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, update_wrapper
+from functools import cached_property, lru_cache, update_wrapper
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 from gemwright.errors import DoesNotFit, needed
@@ -152,11 +152,7 @@ class Arrangement:
 
     def kinds(self) -> Counter[tuple[Keep, bool]]:
         """How many layers keep what, and whether on the host."""
-        return self._kinds
-
-    @cached_property
-    def _kinds(self) -> Counter[tuple[Keep, bool]]:
-        return Counter(zip(self.keep, self.on_host, strict=True))
+        return _counted(self.keep, self.on_host)
 
     def summary(self) -> dict[str, object]:
         """What a run folder keeps of it."""
@@ -172,6 +168,11 @@ class Arrangement:
             "predicted_step_s": self.step_s,
             "replayed_as_graph": self.graphed,
         }
+
+
+@lru_cache(4096)
+def _counted(keep: tuple[Keep, ...], on_host: tuple[bool, ...]) -> Counter[tuple[Keep, bool]]:
+    return Counter(zip(keep, on_host, strict=True))
 
 
 def arrange(
@@ -212,9 +213,9 @@ def arrange(
             where="--vram",
             fix=f"Give --vram {least / 2**30 + 0.005:.2f}GiB, or a smaller --seq or --rank.",
         )
-    joined, chunk, here = search.best.joined, search.best.chunk, search.best.keep[-1]
+    joined, chunk = search.best.joined, search.best.chunk
     for host, device in _levels(job, host_free, keeps, joined, chunk):
-        for less in LESS if device == here and host - 1 in keeps else ():
+        for less in LESS if host - 1 in keeps else ():
             search.look(_filled(job, search.budget, joined, chunk, host, device, shares, less), MIXED_GAIN)
     return search.best
 
@@ -237,11 +238,11 @@ class _Search:
                 self.smallest = plan
             if plan.predicted_bytes > self.budget:
                 continue
-            fits, made = True, estimate(self.job, plan, self.card)
-            if self.best is None or made.step_s < self.best.step_s * gain:
-                self.best = made
-            unhindered = estimate(self.job, replace(plan, resident=self.job.spec.layers), self.card)
-            if unhindered.step_s >= self.best.step_s * gain and plan.keep[0] <= plan.keep[-1]:
+            fits, (step_s, graphed) = True, _seconds(self.job, plan, self.card, plan.resident)
+            if self.best is None or step_s < self.best.step_s * gain:
+                self.best = replace(plan, step_s=step_s, graphed=graphed)
+            unhindered_s, _ = _seconds(self.job, plan, self.card, self.job.spec.layers)
+            if unhindered_s >= self.best.step_s * gain and plan.keep[0] <= plan.keep[-1]:
                 break
         return fits
 
@@ -284,23 +285,24 @@ def _filled(
         resident = round(share * layers)
         slots = min(2, layers - resident)
         # The backward begins with the last layers, so they stay; of a long row even they are too much.
-        here = 2 if 2 * each < budget // 16 else 0
-        fitting: Arrangement | None = None
-        while here <= layers:
-            keep, on_host = _placed(layers, here, host, device, less)
+        here = guess = 2 if 2 * each < budget // 16 else 0
+        most, fitting = layers + 1, None
+        while fitting is None or here < guess < most:  # `here` layers fit, `most` do not
+            keep, on_host = _placed(layers, guess, host, device, less)
             plan = itemise(job, Arrangement(resident, slots, keep, on_host, joined, chunk, positions, head_rows))
             spare = budget - plan.predicted_bytes
-            if spare < 0 and fitting is not None:
-                break
-            fitting = plan
+            if spare >= 0 or fitting is None:
+                here, fitting = guess, plan
             if spare < 0:
-                break
-            here += max(1, min(layers - here, int(spare / (1 + KEPT_SLACK)) // max(1, each)))
+                most = guess
+            room = int(spare / (1 + KEPT_SLACK)) // max(1, each) if spare >= 0 else (most - here) // 2
+            guess = min(here + max(room, 1), most - 1)
         yield needed(fitting)
         if resident and needed(fitting).predicted_bytes > budget:
             return
 
 
+@lru_cache(4096)
 def _placed(
     layers: int, here: int, host: Keep, device: Keep, less: float = 0.0
 ) -> tuple[tuple[Keep, ...], tuple[bool, ...]]:
@@ -540,6 +542,12 @@ def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
 
     That is taken up and down, of the layers that keep on the device and of those that keep on the host.
     """
+    step_s, graphed = _seconds(job, plan, card, plan.resident)
+    return replace(plan, step_s=step_s, graphed=graphed)
+
+
+def _seconds(job: Job, plan: Arrangement, card: Card, resident: int) -> tuple[float, bool]:
+    """See `estimate`, with so many layers resident; and whether the step is replayed."""
     spec, tokens, pace = job.spec, job.rows * job.row_tokens, _pace(job, card, plan.joined, plan.chunk)
     long = plan.chunk < plan.joined * job.row_tokens
     launches = -(-tokens // (plan.joined * job.row_tokens)) * -(-plan.joined * job.row_tokens // plan.chunk)
@@ -547,16 +555,17 @@ def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
     launching = spec.layers * launches * (LAUNCH_UP_S + LAUNCH_DOWN_S)
     graphed = job.graphs and launching > GRAPH_SHARE * computing
     issued = launches * (GRAPHED if graphed else 1.0)
-    weight, streamed, step_s = job.layer_bytes / card.link, 1 - plan.resident / spec.layers, pace.rest
-    for place in set(plan.on_host):
+    weight, streamed, step_s = job.layer_bytes / card.link, 1 - resident / spec.layers, pace.rest
+    for place in (False, True):
         keeps = [(keep, count) for (keep, away), count in plan.kinds().items() if away == place]
-        layers = sum(count for _, count in keeps)
+        if not (layers := sum(count for _, count in keeps)):
+            continue
         moved = sum(n * kept_bytes(job, k, long=long) for k, n in keeps) * tokens / card.link / layers if place else 0.0
         up = max(pace.up, issued * LAUNCH_UP_S)
         down = max(sum(n * pace.down[k] for k, n in keeps) / layers, issued * LAUNCH_DOWN_S)
         step_s += layers * _paced(up, streamed, weight, moved, BOTH_WAYS)
         step_s += layers * _paced(down, streamed, weight, moved, 1.0)
-    return replace(plan, step_s=step_s, graphed=graphed)
+    return step_s, graphed
 
 
 def _paced(busy: float, streamed: float, weight: float, moved: float, ways: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gemwright.errors import DoesNotFit
@@ -61,6 +61,7 @@ def test_long_rows_fit_eight_gib(size: str, seq: int) -> None:
     budget=st.integers(1, 40),
     rank=st.sampled_from([1, 8, 64]),
 )
+@example(size="27b", rows=1, seq=5000, budget=15, rank=8)  # of whose layers only two kept theirs on the GPU
 def test_no_arrangement_exceeds_its_budget_and_more_is_never_slower(
     size: str, rows: int, seq: int, budget: int, rank: int
 ) -> None:
@@ -80,7 +81,7 @@ def test_a_plan_fits_the_smallest_budget_under_which_it_may_be_chosen(size: str,
     asked = job(size, rows, 1024)
     plan = arrange(asked, budget * GIB, H100, 64 * GIB)
     again = arrange(asked, budget_for(plan), H100, 64 * GIB)
-    assert again.step_s <= plan.step_s * 1.02 and budget_for(plan) <= budget * GIB + 2
+    assert again.step_s <= plan.step_s * 1.05 and budget_for(plan) <= budget * GIB + 2
 
 
 def test_layers_that_stay_lend_their_link_to_those_that_come_only_in_part() -> None:
