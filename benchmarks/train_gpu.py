@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -148,8 +149,6 @@ def limit_s(case: Case) -> tuple[float, float]:
 
 def forget_pages(path: Path) -> None:
     """Have the system's page cache drop a file (Linux), which nothing may have mapped."""
-    import os
-
     with path.open("r+b") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -24,7 +24,7 @@ TRAINER_BYTES = int(1.35 * GIB)
 SUSTAINED = {"bf16_flops": 0.88, "memory_bytes_s": 0.96, "link_bytes_s": 1.0}
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
-# From this width on a CPU's products in bf16 are as fast as they get; in fp32 this power of it counts, up to that much.
+# From this width on a CPU's products in bf16 are as fast as they get; in fp32 this power of it beside the 270M's.
 FULL_WIDTH, FP32_GAIN = 850, (0.35, 1.25)
 # Of unified memory, what macOS lets the GPU hold.
 UNIFIED_SHARE = 0.7
@@ -215,8 +215,8 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
 
 
 def _run(name: str, model: ModelBytes, rig: Rig, work: Work, *, hint: bool) -> Answer:
-    narrow, room = rig.cpu.bf16_flops < rig.cpu.fp32_flops, int(rig.ram_available_bytes * RAM_SHARE)
-    host = Place(rig.ram_bytes_s, rig.cpu.fp32_flops, room, narrow)
+    narrow = rig.cpu.bf16_flops < rig.cpu.fp32_flops
+    host = Place(rig.ram_bytes_s, rig.cpu.fp32_flops, int(rig.ram_available_bytes * RAM_SHARE), narrow)
     gpu = None
     if rig.gpu is not None and rig.unified:  # one memory, at the GPU's speed
         host = Place(rig.gpu.memory_bytes_s, rig.gpu.bf16_flops, int(rig.ram_bytes * UNIFIED_SHARE))

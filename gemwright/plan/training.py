@@ -150,7 +150,7 @@ class Arrangement:
         """The most that PyTorch will hold on the device."""
         return sum(self.items.values())
 
-    def kinds(self) -> Counter[tuple[Keep, bool]]:
+    def kinds(self) -> Mapping[tuple[Keep, bool], int]:
         """How many layers keep what, and whether on the host."""
         return _counted(self.keep, self.on_host)
 
@@ -171,7 +171,7 @@ class Arrangement:
 
 
 @lru_cache(4096)
-def _counted(keep: tuple[Keep, ...], on_host: tuple[bool, ...]) -> Counter[tuple[Keep, bool]]:
+def _counted(keep: tuple[Keep, ...], on_host: tuple[bool, ...]) -> Mapping[tuple[Keep, bool], int]:
     return Counter(zip(keep, on_host, strict=True))
 
 
@@ -446,6 +446,7 @@ class _Visit:
         """The input and the gradient of the positions that go on, beside those of all."""
         return 2 * self.m * self.job.spec.hidden if self.m < self.n else 0
 
+    @cached_property
     def kept(self) -> int:
         """Bytes that wait for the backward."""
         fewer = 2 * self.job.spec.hidden * (self.keep > Keep.INPUT) + 2 * self.job.spec.mlp * (
@@ -457,6 +458,7 @@ class _Visit:
         """A product's input in fp8, for its time."""
         return product_bytes(self.c, width, self.job.tail(group)) // 2 if self.job.fp8 else 0
 
+    @cached_property
     def forward(self) -> int:
         """The peak of a forward besides its input: whatever is kept of this layer included."""
         d, f = self.job.spec.hidden, self.job.spec.mlp
@@ -465,6 +467,7 @@ class _Visit:
         mlp = self.attended() + wide + self.chunk(kept=True) + self.rounded(f, "down")
         return max(self.attend(), mlp + self.selected())
 
+    @cached_property
     def backward(self) -> int:
         """The peak of a backward besides its input, its gradient and what was kept."""
         job, d, f = self.job, self.job.spec.hidden, self.job.spec.mlp
@@ -490,18 +493,9 @@ class _Visit:
         return max(start, mlp, attention + apart_m, end) + self.selected()
 
 
-class _Peaks(NamedTuple):
-    """Of a visit (see `_Visit`)."""
-
-    forward: int
-    backward: int
-    kept: int
-
-
 @_of_job
-def _peaks(job: Job, keep: Keep, n: int, c: int, m: int) -> _Peaks:
-    visit = _Visit(job, keep, n, c, m)
-    return _Peaks(visit.forward(), visit.backward(), visit.kept())
+def _visit(job: Job, keep: Keep, n: int, c: int, m: int) -> _Visit:
+    return _Visit(job, keep, n, c, m)
 
 
 def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int:
@@ -514,7 +508,7 @@ def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int
     # Of the last layer only few positions may go on after its attention; it is gone before the one below goes back.
     fewer = rounded(int(job.labelled_most * micro), label_step(micro))
     fewer = fewer if fewer < FEW * micro else micro
-    last = _peaks(job, plan.keep[-1], micro, chunk, fewer)
+    last = _visit(job, plan.keep[-1], micro, chunk, fewer)
     own = kept_bytes(job, here[-1], long=long) * tokens if here else 0
     waiting_last = waiting - own + (last.kept * tokens // micro if here else 0)
     states = d * tokens
@@ -522,10 +516,10 @@ def activation_peak(job: Job, plan: Arrangement, micro: int, tokens: int) -> int
     peaks.append(waiting_last + head_peak(job, plan, tokens))
     peaks.append(waiting_last + 2 * (states + last.backward))
     if len(here) > 1:
-        below = _peaks(job, here[-2], micro, chunk, micro)
+        below = _visit(job, here[-2], micro, chunk, micro)
         peaks.append(waiting - own + 2 * (states + below.backward))
     if away:
-        visit, moved = _peaks(job, max(away), micro, chunk, micro), kept_bytes(job, max(away), long=long)
+        visit, moved = _visit(job, max(away), micro, chunk, micro), kept_bytes(job, max(away), long=long)
         peaks.append(2 * (states + visit.forward) + 2 * moved * micro)
         peaks.append(2 * (states + visit.backward) + 2 * moved * tokens)
     return max(peaks)
@@ -538,9 +532,10 @@ def head_peak(job: Job, plan: Arrangement, tokens: int) -> int:
 
 
 def estimate(job: Job, plan: Arrangement, card: Card) -> Arrangement:
-    """With the seconds of a step: the longest of computing, launching, weights coming and activations moving.
+    """With the seconds of a step: for a layer the longest of computing, launching, weights and activations moving.
 
-    That is taken up and down, of the layers that keep on the device and of those that keep on the host.
+    That is taken up and down, of the layers that keep on the device and of those that keep on the host; a share of
+    what is shorter comes on top.
     """
     step_s, graphed = _seconds(job, plan, card, plan.resident)
     return replace(plan, step_s=step_s, graphed=graphed)
@@ -573,11 +568,12 @@ def _paced(busy: float, streamed: float, weight: float, moved: float, ways: floa
 
     Layers that are `streamed` lie among those that are not; how far these lend them their time on the link is LENT.
     """
-    apart = _beside(busy, max(weight, moved, (weight + moved) / ways)) * streamed + _beside(busy, moved) * (
-        1 - streamed
-    )
-    weight *= streamed
-    return LENT * _beside(busy, max(weight, moved, (weight + moved) / ways)) + (1 - LENT) * apart
+
+    def linked(weight: float) -> float:
+        return max(weight, moved, (weight + moved) / ways)
+
+    apart = _beside(busy, linked(weight)) * streamed + _beside(busy, linked(0.0)) * (1 - streamed)
+    return LENT * _beside(busy, linked(weight * streamed)) + (1 - LENT) * apart
 
 
 def _beside(busy: float, linked: float) -> float:
