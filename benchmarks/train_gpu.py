@@ -6,9 +6,9 @@
 
 Weights are random, in the true shapes. Every configuration is a process of its own, in which it runs under
 `torch.cuda.set_per_process_memory_fraction` after the limit (three passes of products over every linear, flash
-attention, the head on all positions) and before its resident twin (no cap, nothing streamed or offloaded, each layer
-keeping what it keeps under the cap). Beyond 8,192 tokens a row the limit counts the attention of 8,192 only. Every
-position has a label. Runs from the source tree.
+attention, the head on all positions) and in turns with its resident twin (no cap, nothing streamed or offloaded, each
+layer keeping what it keeps under the cap), since a card at its power limit slows by a percent while it warms. Beyond
+8,192 tokens a row the limit counts the attention of 8,192 only. Every position has a label. Runs from the source tree.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 RANK, GIB = 16, 2**30
+# Seconds of steps that are not counted, three at least.
+WARM_S = 4.0
 COLUMNS = ("case", "tokens/s", "of resident", "of the limit", "limit tokens/s", "waiting", "peak GiB", "predicted")
 COLUMNS = (*COLUMNS, "host GiB", "step s (spread)", "predicted s")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12}
@@ -231,8 +233,8 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
     ]
     optimizer, times, waits, losses = Optimizer(lora, 0.0, 1.0), [], [], []
     rows = setup.rows([[document] for document in documents])
-    warm = 3 if tokens <= 16_384 else 0
-    for _ in range(steps + warm):
+    warm = None if tokens <= 16_384 else 0
+    while warm is None or len(times) < warm + steps:
         start = time.perf_counter()
         done = setup.forward_backward(rows, 0)
         rows = setup.rows([[document] for document in documents])
@@ -242,6 +244,8 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
         if len(times) == 1:
             first_s = time.time() - psutil.Process().create_time()
         waits.append(setup.waited_s())
+        if warm is None and len(times) >= 3 and sum(times) >= WARM_S:
+            warm = len(times)
     step_s = statistics.median(times[warm:])
     peaks = torch.cuda.memory_stats(device)
     name = torch.cuda.get_device_name(device)
@@ -255,7 +259,7 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
         "tokens_per_s": tokens / step_s,
         "step_s": step_s,
         "step_s_spread": [min(times[warm:]), max(times[warm:])],
-        "step_times_s": times,
+        "step_times_s": times[warm:],
         "first_step_s": times[0],
         "ready_s": ready_s,
         "command_to_first_step_s": None if aside_s is None else first_s - aside_s,
@@ -299,6 +303,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--compute", default="bf16")
     parser.add_argument("--no-resident", action="store_true", help="leave the resident twin of each case out")
+    parser.add_argument("--turns", type=int, default=2, help="how often a case and its twin take turns")
     parser.add_argument("--time-limit", type=float, default=1e9, help="start no case after so many seconds")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -312,22 +317,43 @@ def main() -> None:
     if options.only:
         cases = [case for case in cases if any(case.name.startswith(wanted) for wanted in options.only)]
     rows: list[dict] = []
-    baselines: dict[str, dict] = {}
+    twins: list[dict] = []
     for case in cases:
         if time.perf_counter() - begun > options.time_limit:
             print(f"{case.name}: left out, no time", file=sys.stderr)
             continue
-        twin = resident(case)
-        wanted = not options.no_resident and case.sequence <= 8192 and twin.name not in baselines
-        row, *base_rows = child([case, twin] if wanted else [case], options)
-        baselines |= {base["case"]: base for base in base_rows}
-        base = baselines.get(twin.name, {})
-        both = row.get("tokens_per_s") and base.get("tokens_per_s")
-        row["ratio_to_resident"] = row["tokens_per_s"] / base["tokens_per_s"] if both else None
+        wanted = not options.no_resident and case.sequence <= 8192
+        turns = child([case, resident(case)] * options.turns if wanted else [case], options)
+        row = together(turns[::2] if wanted else turns)
+        if wanted and "error" not in row:
+            twins.append(together(turns[1::2]))
+            ratios = [twin["step_s"] / own["step_s"] for own, twin in zip(turns[::2], turns[1::2], strict=True)]
+            row |= {"ratio_to_resident": twins[-1]["step_s"] / row["step_s"], "ratios": ratios}
         rows.append(row)
         print(json.dumps(row), flush=True)
     if rows:
-        write([*rows, *baselines.values()], options)
+        write([*rows, *twins], options)
+
+
+def together(turns: list[dict]) -> dict:
+    """The first turn's row, with the times of all."""
+    first = turns[0]
+    if "error" in first or len(turns) == 1:
+        return first
+    times = [step_s for turn in turns for step_s in turn["step_times_s"]]
+    step_s = statistics.median(times)
+    slower = step_s / first["step_s"]
+    return first | {
+        "step_s": step_s,
+        "step_times_s": times,
+        "step_s_spread": [min(times), max(times)],
+        "tokens_per_s": first["tokens_per_s"] / slower,
+        "share_of_limit": first["share_of_limit"] / slower,
+        "hfu": first["hfu"] / slower,
+        "waiting_share": statistics.median(turn["waiting_share"] for turn in turns),
+        "peak_reserved_bytes": max(turn["peak_reserved_bytes"] for turn in turns),
+        "peak_allocated_bytes": max(turn["peak_allocated_bytes"] for turn in turns),
+    }
 
 
 def run_all(cases: list[Case], options: argparse.Namespace) -> list[dict]:
@@ -383,7 +409,8 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
 
 `python benchmarks/train_gpu.py` on {device}; Python {platform.python_version()},
 PyTorch {torch.__version__}. Random weights in the true shapes, rank {RANK} on all linears, every position
-labelled, {options.steps} timed steps after two (the first and only one for more than 16,384 tokens). Cases are
+labelled, {options.steps} timed steps a turn after {WARM_S:g} s of others (the first and only one for more than 16,384
+tokens), {options.turns} turns with the resident twin; in brackets the ratio of each turn. Cases are
 size:batch x sequence:cap in GiB. Peak: what PyTorch reserved; host: the process's resident memory at most, the mapped
 file counted in.
 
@@ -402,7 +429,7 @@ def table_line(row: dict) -> str:
     values = (
         row["case"],
         f"{row['tokens_per_s']:,.0f}",
-        f"{ratio:.3f}" if ratio else "",
+        f"{ratio:.3f} ({', '.join(f'{r:.3f}' for r in row['ratios'])})" if ratio else "",
         f"{row['share_of_limit']:.2f}",
         f"{row['limit_tokens_per_s']:,.0f}",
         f"{row['waiting_share']:.2f}",

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemwright.kernels.products import product
+
 ROWS = 4096
 LOG2_E = math.log2(math.e)
 
@@ -83,7 +85,7 @@ def linear_cross_entropy(
     for start in range(0, vocab, chunk):
         stop = min(start + chunk, vocab)
         head = rows(start, stop)
-        logits = torch.mm(h_MD, head.t())
+        logits = product(h_MD, head)
         softmax(logits, target_M, start, running)
         if dh is not None:
             _accumulate(dh.mul_(running.shrink), logits, head)

@@ -12,6 +12,7 @@ from gemwright.kernels.attend import Attention, plan
 from gemwright.kernels.cross_entropy import linear_cross_entropy
 from gemwright.kernels.dispatch import rms_norm
 from gemwright.kernels.heads import Table
+from gemwright.kernels.products import product
 from gemwright.kernels.rope import rope_table
 from gemwright.layout import Keep
 from gemwright.model.cache import KVCache
@@ -103,7 +104,7 @@ class Gemma:
         h = self.hidden(ids, cache)
         h = h[-1:] if last else h
         chunks = [
-            torch.mm(h, self.residency.head_rows(a, min(a + 16_384, self.residency.vocab)).t()).float()
+            product(h, self.residency.head_rows(a, min(a + 16_384, self.residency.vocab))).float()
             for a in range(0, self.residency.vocab, 16_384)
         ]
         return torch.cat(chunks, dim=1)

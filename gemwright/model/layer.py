@@ -182,12 +182,15 @@ class LayerPass:
         """Compute what is missing of the joint projection, the heads and the attention's output."""
         spec, norms = self.spec, weights.norms
         if self._qkv is None:
-            self._qkv = x.new_empty(len(x), weights.matrices["qkv"].shape[0])
-            for index, at in enumerate(self._slices(x)):
+            matrix, slices = weights.matrices["qkv"], self._slices(x)
+            # Taken before the input's room, which is given back first; on a CPU the product may bring its own.
+            self._qkv = x.new_empty(len(x), matrix.shape[0]) if len(slices) > 1 or x.is_cuda else None
+            for index, at in enumerate(slices):
                 entry = self._enter(index, x[at], weights)
-                self._linears["qkv"].forward(entry[0], weights.matrices["qkv"], self._qkv[at])
+                qkv = self._linears["qkv"].forward(entry[0], matrix, None if self._qkv is None else self._qkv[at])
                 if hold:
                     self._entries.append(entry)
+            self._qkv = qkv if self._qkv is None else self._qkv
         if self._heads is None:
             shape = (spec.heads, spec.kv_heads, spec.norm_eps)
             self._heads = norm_rope(self._qkv, norms["q_norm"], norms["k_norm"], self.table, *shape)
@@ -228,7 +231,7 @@ class LayerPass:
         if self._a is None or wanted is not None:
             linears["o"].fill(attended, index)
         if self._a is None:
-            rows = linears["o"].forward(attended, matrices["o"], torch.empty_like(x) if a is None else a[at])
+            rows = linears["o"].forward(attended, matrices["o"], None if a is None else a[at])
         else:
             rows = self._a[at]
         normed = linears["gate_up"].room(x, *x.shape)
@@ -237,15 +240,15 @@ class LayerPass:
         )
         linears["gate_up"].fill(normed, index)
         if self._gate_up is None:
-            gate_up = x.new_empty(len(x), 2 * self.spec.mlp) if wide_out is None else wide_out[at]
-            linears["gate_up"].forward(normed, matrices["gate_up"], gate_up)
+            out = None if wide_out is None else wide_out[at]
+            gate_up = linears["gate_up"].forward(normed, matrices["gate_up"], out)
         else:
             gate_up = self._gate_up[at]
         wide = linears["down"].room(x, len(x), self.spec.mlp)
         activated = geglu(gate_up, wide[:, : self.spec.mlp])
         linears["down"].fill(wide, index)
         if self._d is None:
-            down = linears["down"].forward(wide, matrices["down"], torch.empty_like(x) if d is None else d[at])
+            down = linears["down"].forward(wide, matrices["down"], None if d is None else d[at])
         else:
             down = self._d[at]
         return Chunk(attended, rows, middle, rstd_a, normed, rstd, gate_up, activated, wide, down)
@@ -276,7 +279,7 @@ class LayerPass:
         linear, matrix, norms = self._linears["qkv"], weights.matrices["qkv"], weights.norms
         room, rstd = self._entries[index] if self._entries else self._enter(index, x, weights)
         known = self._qkv
-        qkv = linear.forward(room, matrix, x.new_empty(len(x), len(matrix))) if known is None else known[at]
+        qkv = linear.forward(room, matrix) if known is None else known[at]
         dq, dk, dv = (gradient[at] for gradient in gradients)
         *_, rstd_q, rstd_k = needed(self._heads)
         table = (self.table[0][at], self.table[1][at])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gemwright.errors import InputError, needed
 from gemwright.kernels.dispatch import has_triton
+from gemwright.kernels.products import product
 from gemwright.layout import GROUPS, TAIL_STEP, adapter_parameters, rounded
 from gemwright.model.fp8 import Fp8Weight
 from gemwright.model.residency import Matrix, Residency
@@ -84,7 +85,7 @@ class LoRA:
         self._squares: dict[tuple[int, str], Tensor] = {}
         self._gains: dict[tuple[int, str], Tensor] = {}
         self._rooms: dict[str, Tensor] = {}
-        self._tables: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self._tables: dict[tuple[int, ...], tuple[Tensor, int]] = {}
         self._groups = {(i, g): self._group(i, g, dtype) for i in range(spec.layers) for g in GROUPS}
         self.refresh()
 
@@ -212,7 +213,7 @@ class LoRA:
         if first.is_cuda and first.dtype == torch.bfloat16 and has_triton(first.device):
             from gemwright.kernels.triton_join import join
 
-            key = (layer, first.data_ptr())
+            key = (layer, *(tail.data_ptr() for tail in tails.values()))  # each may have moved without the others
             if key not in self._tables:
                 self._tables[key] = self._table(layer, tails)
             table, rows = self._tables[key]
@@ -341,15 +342,16 @@ class Linear:
             if width < t.shape[1]:
                 t[:, width:] = 0
 
-    def forward(self, room: Tensor, weight: Matrix, out: Tensor) -> Tensor:
-        """Write y [rows, out] = x W^T + t b^T of a filled `room`, times the gain, to `out` and return it."""
+    def forward(self, room: Tensor, weight: Matrix, out: Tensor | None = None) -> Tensor:
+        """y [rows, out] = x W^T + t b^T of a filled `room`, times the gain; in `out` where that is given."""
         x, t = self._split(room)
         if isinstance(weight, Fp8Weight):
+            out = x.new_empty(len(x), weight.shape[0]) if out is None else out
             weight.product(x, out, *(() if self._group is None else (t, self._group.b)))
         elif self._group is None or weight.shape[1] == room.shape[1]:
-            torch.mm(room, weight.t(), out=out)
+            out = product(room, weight, out)
         else:
-            torch.mm(x, weight.t(), out=out).addmm_(t, self._group.b.t())
+            out = product(x, weight, out).addmm_(t, self._group.b.t())
         return out if (gain := self._gain()) is None else out.mul_(gain)
 
     def gradient_room(self, y: Tensor) -> Tensor:

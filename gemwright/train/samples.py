@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gemwright.errors import InputError
 from gemwright.kernels.dispatch import rms_norm
+from gemwright.kernels.products import product
 from gemwright.runs import Lines, RunFolder
 from gemwright.spec import END_OF_TURN, EOS, PAD
 from gemwright.text.chat import Message, render_prompt
@@ -133,7 +134,7 @@ def _likeliest(setup: Setup, h_MD: Tensor) -> list[int]:
     best = torch.full((len(h_MD),), -torch.inf, device=h_MD.device)
     token = torch.zeros(len(h_MD), dtype=torch.long, device=h_MD.device)
     for start in range(0, residency.vocab, rows):
-        logits = torch.mm(h_MD, residency.head_rows(start, min(start + rows, residency.vocab)).t()).float()
+        logits = product(h_MD, residency.head_rows(start, min(start + rows, residency.vocab))).float()
         top, at = logits.max(dim=1)
         token = torch.where(top > best, at + start, token)
         best = torch.maximum(best, top)

@@ -13,10 +13,10 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from gemwright.layout import Keep, adapter_parameters
+from gemwright.layout import Keep, adapter_parameters, group_sizes
 from gemwright.model.decoder import Gemma
 from gemwright.model.lora import LoRA
-from gemwright.model.residency import Residency, UnpackedResidency
+from gemwright.model.residency import Residency, UnpackedResidency, new_matrices
 from gemwright.model.streamed import StreamedResidency
 from gemwright.spec import SPECS
 from gemwright.train.batches import Encoded, make_row
@@ -81,3 +81,18 @@ def test_gradients_over_streamed_weights(file: ModelFile, keep: Keep, dora: bool
     for side, (exact, plain, ours) in enumerate(zip(*found, strict=True)):
         error, plain_error = (float((one - exact).norm() / exact.norm()) for one in (ours, plain))
         assert error <= plain_error + TOLERANCE, f"{'ABm'[side]}: {error:.4f}, CPU in bf16 {plain_error:.4f}"
+
+
+def test_b_is_written_where_matrices_lie_now() -> None:
+    """A step that is laid out anew may get the first of its matrices where the last one's was, and others elsewhere."""
+    lora = new(BF16, GPU, dora=False)
+    lora.master.normal_()
+    lora.refresh()
+    before, after = (new_matrices(SPEC, BF16, lora.tails(), GPU) for _ in range(2))
+    after["qkv"] = before["qkv"]
+    for matrix in after.values():
+        matrix.fill_(torch.nan)
+    for matrices in (before, after):
+        lora.join(0, matrices)
+    for group, (_, columns) in group_sizes(SPEC).items():
+        assert torch.equal(after[group][:, columns:], before[group][:, columns:]), group

@@ -1,0 +1,31 @@
+"""Products with a weight's rows; on a CPU by the faster of the two libraries that PyTorch brings."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemwright.host import read_cpu
+
+
+def product(x_MK: Tensor, weight_NK: Tensor, out: Tensor | None = None) -> Tensor:
+    """x W^T [M, N] in their dtype; in `out` where that is given, which is slower on some CPUs."""
+    if out is None and x_MK.dtype == torch.float32 and x_MK.device.type == "cpu" and mkl_is_slow():
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, None, "none", [], "")
+        return y
+    return torch.mm(x_MK, weight_NK.t(), out=out)
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether oneDNN had better multiply fp32: MKL, which does so by default, is made for Intel's processors.
+
+    On others it takes up to twice as long (LOG.md). Not measured here: a run that goes on must add as it did before.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkl.is_available():
+        return False
+    return torch.backends.mkldnn.is_available() and "Intel" not in (read_cpu([], Path("/"), {}).name or "Intel")
