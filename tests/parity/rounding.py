@@ -40,6 +40,12 @@ PARTNERS: dict[str, Round] = dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), through_q8_
 )
 
 
+# What may multiply by a weight, oneDNN's own where PyTorch has it (`kernels.products`).
+PRODUCTS = (torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__)
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    PRODUCTS += (torch.ops.mkldnn._linear_pointwise,)
+
+
 class Packed(Tensor):
     """A weight whose products see their other operand rounded as ggml would."""
 
@@ -59,7 +65,7 @@ class Packed(Tensor):
         plain = [value.as_subclass(Tensor) if isinstance(value, Packed) else value for value in args]
         if function is Tensor.t:
             return Packed.of(plain[0].t(), own.partner)
-        if function in (torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__) and args[1] is own:
+        if function in PRODUCTS and args[1] is own:
             plain[0] = own.partner(plain[0])
             return function(*plain, **kwargs or {})
         if function.__name__ == "__get__" or function is Tensor.__len__:  # its shape and the like
