@@ -24,8 +24,9 @@ TRAINER_BYTES = int(1.35 * GIB)
 SUSTAINED = {"bf16_flops": 0.88, "memory_bytes_s": 0.96, "link_bytes_s": 1.0}
 # Of the free RAM, what a plan may count on; of a CPU's products, the share that training on it reaches.
 RAM_SHARE, CPU_SHARE = 0.9, 0.7
-# From this width on a CPU's products in bf16 are as fast as they get; in fp32 this power of it beside the 270M's.
-FULL_WIDTH, FP32_GAIN = 850, (0.35, 1.25)
+# From this width on a CPU's products in bf16 are as fast as they get. In fp32 they are so much faster than the probe's
+# square ones, times this power of the width beside the 270M's, up to so much.
+FULL_WIDTH, FP32_GAIN = 850, (1.1, 0.35, 1.25)
 # Of unified memory, what macOS lets the GPU hold.
 UNIFIED_SHARE = 0.7
 # How far predictions were from measurements; said with each.
@@ -205,7 +206,8 @@ def _tune_on_cpu(name: str, model: ModelBytes, rig: Rig, work: Work, basis: dict
     items.append(("host", "layers kept unpacked", kept))
     flops = 2 * 2 * values * spec.layers + 4 * spec.vocab * spec.hidden * CHAT_LABELLED[0]
     recompute = 1.5 if again else 1.0
-    wide = min(1.0, spec.hidden / FULL_WIDTH) if in_bf16 else min(FP32_GAIN[1], (spec.hidden / 640) ** FP32_GAIN[0])
+    gain, power, most = FP32_GAIN
+    wide = min(1.0, spec.hidden / FULL_WIDTH) if in_bf16 else gain * min(most, (spec.hidden / 640) ** power)
     share = CPU_SHARE * wide
     speed = share * max(rig.cpu.bf16_flops, rig.cpu.fp32_flops) / (flops * recompute)
     words = f"on the CPU; {size(least + kept)} of RAM"
