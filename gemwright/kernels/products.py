@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemwright.host import read_cpu
+from gemwright.layout import LABEL_STEP
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, out: Tensor | None = None) -> Tensor:
@@ -17,7 +18,8 @@ def product(x_MK: Tensor, weight_NK: Tensor, out: Tensor | None = None) -> Tenso
 
     With and without `out` it is the same to the last bit.
     """
-    if x_MK.dtype != torch.float32 or x_MK.device.type != "cpu" or not mkl_is_slow():
+    plain = x_MK.dtype != torch.float32 or x_MK.device.type != "cpu" or len(x_MK) < LABEL_STEP  # no step has fewer rows
+    if plain or not mkl_is_slow():
         return torch.mm(x_MK, weight_NK.t(), out=out)
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, None, "none", [], "")
     return y if out is None else out.copy_(y)
