@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,12 +15,10 @@ from gemwright.kernels.products import mkl_is_slow, product
 
 
 @pytest.fixture(params=[False, True])
-def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch without oneDNN")
-    with monkeypatch.context() as patch:
-        patch.setattr(products, "mkl_is_slow", lambda: request.param)
-        yield request.param
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: request.param)
 
 
 def operands(rows: int, width: int, outputs: int, tail: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,13 +41,15 @@ def test_equals_a_product_in_double(rows: int, width: int, outputs: int, tail: i
         assert float((y - right).norm()) <= 1e-5 * float(right.norm()) + 1e-6
 
 
-def test_fills_what_it_is_given(onednn: bool) -> None:
+@pytest.mark.usefixtures("onednn")
+def test_fills_what_it_is_given() -> None:
     x, weight = operands(40, 64, 100, 16)
     out = torch.full((40, 120), torch.nan)[:, :100]
     assert product(x, weight, out) is out and torch.equal(out, product(x, weight))
 
 
-def test_bf16_stays_bf16(onednn: bool) -> None:
+@pytest.mark.usefixtures("onednn")
+def test_bf16_stays_bf16() -> None:
     x, weight = (part.bfloat16() for part in operands(40, 64, 100, 0))
     assert torch.equal(product(x, weight), torch.mm(x, weight.t()))
 
