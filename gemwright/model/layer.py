@@ -180,7 +180,9 @@ class LayerPass:
 
     def _attend(self, x: Tensor, weights: LayerWeights, *, hold: bool) -> None:
         """Compute what is missing of the joint projection, the heads and the attention's output."""
-        spec, norms = self.spec, weights.norms
+        spec, norms, attended = self.spec, weights.norms, None
+        if self._attended is None and len(x) <= self._chunk:  # before what goes again, whose place would stay a gap
+            attended = self._linears["o"].room(x, len(x), spec.heads * spec.head_dim)
         if self._qkv is None:
             matrix, slices = weights.matrices["qkv"], self._slices(x)
             # Taken before the input's room, which is given back first; on a CPU the product may bring its own.
@@ -199,7 +201,7 @@ class LayerPass:
                 self._v, self._qkv = self._v.contiguous(), None
         if self._attended is None:
             out, self._kept = self.attention.forward(*self._qkv_heads())
-            self._attended = self._linears["o"].room(x, len(x), out[0].numel())
+            self._attended = self._linears["o"].room(x, len(x), out[0].numel()) if attended is None else attended
             self._out().copy_(out)
 
     def _qkv_heads(self) -> tuple[Tensor, Tensor, Tensor]:
