@@ -30,10 +30,11 @@ _COUNTED_AT_ONCE: Final = 1024  # examples
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: token ids, and for each whether it is a target."""
+    """One example: token ids, and for each whether it is a target; first and last (exclusive) tokens of its images."""
 
     ids: list[int]
     labelled: list[bool]
+    images: tuple[tuple[int, int], ...] = ()
 
 
 class DamagedStore(GemwrightError):

@@ -127,6 +127,46 @@ class Flash:
         )
 
 
+class WithImages:
+    """A `Flash` for rows in which the tokens of an image (first and last row, exclusive) see each other both ways.
+
+    What comes later in its image a query sees by a second pass, over the images alone and from their ends, where the
+    next token's key takes the place of its own; both passes are joined by their log-sum-exp.
+    Source: Dao 2023 (arXiv 2307.08691), section 3.1, for the joining of parts.
+    """
+
+    def __init__(self, flash: Flash, images: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._flash, self._later = flash, Flash([end - begin - 1 for begin, end in images], None, device)
+        queries = [row for begin, end in images for row in range(end - 2, begin - 1, -1)]
+        self._queries = torch.tensor(queries).to(device, non_blocking=True)
+        self._keys = self._queries + 1
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
+        """See `Attention.forward`."""
+        out, (lse, *states) = self._flash.forward(q, k, v)
+        later, (later_lse, *_) = self._later.forward(q[self._queries], k[self._keys], v[self._keys])
+        own_lse = lse[:, self._queries]
+        joined = torch.logaddexp(own_lse, later_lse)
+        own, more = ((part - joined).exp_().t()[:, :, None] for part in (own_lse, later_lse))
+        out[self._queries] = (out[self._queries] * own + later * more).to(out.dtype)
+        lse[:, self._queries] = joined
+        return out, (lse, *states)
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Attention.backward`."""
+        dq, dk, dv = self._flash.backward(do, q, k, v, out, kept)
+        lse, *states = kept
+        at, keys = self._queries, self._keys
+        kept = (lse[:, at].contiguous(), *states)
+        own_dq, own_dk, own_dv = self._later.backward(do[at], q[at], k[keys], v[keys], out[at], kept)
+        dq[at] += own_dq  # no row is named twice
+        dk[keys] += own_dk
+        dv[keys] += own_dv
+        return dq, dk, dv
+
+
 def spans(lengths: Sequence[int], most: int) -> list[slice]:
     """Neighbouring documents whose tokens and `DOCUMENT_ROWS` each come to `most` at most, or single ones."""
     found, start, taken = [], 0, 0
@@ -144,9 +184,20 @@ def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def plan(
-    lengths: Sequence[int], window: int | None, device: torch.device, dtype: torch.dtype, *, uniform: bool = False
+    lengths: Sequence[int],
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    uniform: bool = False,
+    images: Sequence[tuple[int, int]] = (),
 ) -> Attention:
-    """The fastest attention for documents of `lengths` there: flash in bf16 from compute capability 8.0 on."""
+    """The fastest attention for documents of `lengths` there: flash in bf16 from compute capability 8.0 on.
+
+    `images` are the first and last (exclusive) rows of each; their tokens see each other both ways.
+    """
+    images = [(begin, end) for begin, end in images if end - begin > 1]
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
-        return Flash(lengths, window, device, uniform=uniform)
-    return Blocked(plan_blocks(lengths, window, device))
+        flash = Flash(lengths, window, device, uniform=uniform)
+        return WithImages(flash, images, device) if images else flash
+    return Blocked(plan_blocks(lengths, window, device, images))

@@ -1,8 +1,10 @@
-"""Causal attention over packed documents, forward and backward, as dense blocks of equal shape.
+"""Attention over packed documents, forward and backward, as dense blocks of equal shape.
 
 A packed row holds many documents that never see each other. Short ones of similar length share one block (padded);
 a long one is cut into query blocks, each with only the keys that its window reaches. Work is so proportional to what
-attends, not to the square of the row. Shapes: q [N, H, D] already scaled, k and v [N, K, D], output [N, H, D].
+attends, not to the square of the row. It is causal, but that the tokens of an image see each other both ways, as far as
+the window lets them. Shapes: q [N, H, D] already scaled, k and v [N, K, D], output [N, H, D].
+Source for images: Google's gemma_pytorch, in whose Gemma 3 local and global layers do so.
 """
 
 from __future__ import annotations
@@ -40,8 +42,16 @@ class Block:
     padded: Tensor | None
 
 
-def plan_blocks(lengths: Sequence[int], window: int | None, device: torch.device | None = None) -> list[Block]:
-    """Blocks for documents of `lengths` lying one after another; `window` counts the token itself (None: all)."""
+def plan_blocks(
+    lengths: Sequence[int],
+    window: int | None,
+    device: torch.device | None = None,
+    images: Sequence[tuple[int, int]] = (),
+) -> list[Block]:
+    """Blocks for documents of `lengths` lying one after another; `window` counts the token itself (None: all).
+
+    `images` are the first and last (exclusive) rows of each, none beyond its document.
+    """
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -56,15 +66,21 @@ def plan_blocks(lengths: Sequence[int], window: int | None, device: torch.device
             for first in range(start, start + length, QUERY_BLOCK):
                 oldest = start if window is None else max(start, first - window + 1)
                 last = min(first + QUERY_BLOCK, start + length)
-                spans.append([(first, last, oldest, last)])
-    return [_block(group, window, starts[-1], device) for group in spans]
+                newest = max([last, *(end for begin, end in images if begin < last < end)])
+                spans.append([(first, last, oldest, newest)])
+    image = torch.full((starts[-1],), -1)
+    for index, (begin, end) in enumerate(images):
+        image[begin:end] = index
+    return [_block(group, window, image, device) for group in spans]
 
 
 def _rounded(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _block(spans: list[Span], window: int | None, tokens: int, device: torch.device | None) -> Block:
+def _block(spans: list[Span], window: int | None, image: Tensor, device: torch.device | None) -> Block:
+    """`image` [N] says of each row which image it belongs to, or -1."""
+    tokens = len(image)
     queries = _rounded(max(b - a for a, b, _, _ in spans), LENGTH_STEP)
     keys = _rounded(max(d - c for _, _, c, d in spans), LENGTH_STEP)
     count = len(spans) if len(spans) == 1 else _rounded(len(spans), COUNT_STEP)
@@ -72,7 +88,9 @@ def _block(spans: list[Span], window: int | None, tokens: int, device: torch.dev
     q = at[:, :1] + torch.arange(queries)
     k = at[:, 2:3] + torch.arange(keys)
     real_q, real_k = q < at[:, 1:2], k < at[:, 3:4]
-    seen = (k[:, None, :] <= q[:, :, None]) & real_k[:, None, :]
+    q_image, k_image = (image[rows.clamp(max=tokens - 1)] for rows in (q, k))
+    together = (q_image[:, :, None] == k_image[:, None, :]) & (q_image >= 0)[:, :, None]
+    seen = ((k[:, None, :] <= q[:, :, None]) | together) & real_k[:, None, :]
     if window is not None:
         seen &= q[:, :, None] - k[:, None, :] < window
     seen |= ~real_q[:, :, None]  # a padded query attends anywhere, so that its softmax stays finite; it is dropped

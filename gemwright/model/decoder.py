@@ -31,17 +31,24 @@ def rope_tables(spec: ModelSpec, positions: Tensor) -> tuple[Table, Table]:
 
 
 def plan_attention(
-    spec: ModelSpec, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, *, uniform: bool = False
+    spec: ModelSpec,
+    lengths: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    uniform: bool = False,
+    images: Sequence[tuple[int, int]] = (),
 ) -> tuple[Attention, Attention]:
     """(local, global) attention for packed documents of `lengths`; one object where the window changes nothing.
 
-    With `uniform` rows of as many tokens have attention of one kind (see `Flash`).
+    With `uniform` rows of as many tokens have attention of one kind (see `Flash`). `images` are the first and last
+    (exclusive) tokens of each, counted over all documents.
     """
     longest = sum(lengths) if uniform else max(lengths)
-    everything = plan(lengths, None, device, dtype, uniform=uniform)
+    everything = plan(lengths, None, device, dtype, uniform=uniform, images=images)
     if longest <= spec.window:
         return everything, everything
-    return plan(lengths, spec.window, device, dtype, uniform=uniform), everything
+    return plan(lengths, spec.window, device, dtype, uniform=uniform, images=images), everything
 
 
 class Gemma:

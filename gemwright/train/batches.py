@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import overload
 
 import numpy as np
@@ -163,12 +164,14 @@ def make_row(
     targets = ids[at + 1]
     spare = spare[: max(step, rounded(len(at), step)) - len(at)]
     positions = torch.cat([torch.arange(n) for n in lengths])
+    starts = accumulate(lengths, initial=0)
+    images = [(first + a, first + b) for first, d in zip(starts, documents, strict=False) for a, b in d.images]
     at, padded = torch.cat([at, spare]), torch.cat([targets, torch.full_like(spare, IGNORED)])
     return Row(
         ids.to(device),
         at.to(device),
         padded.to(device),
-        plan_attention(spec, lengths, device, dtype, uniform=full is not None),
+        plan_attention(spec, lengths, device, dtype, uniform=full is not None, images=images),
         rope_tables(spec, positions.to(device)),
         tokens,
         len(targets),

@@ -26,8 +26,10 @@ from gemwright.model.residency import UnpackedResidency
 from gemwright.model.streamed import StreamedResidency
 from gemwright.spec import LINEARS, SPECS, ModelSpec
 from gemwright.train import graphs as graphs_of_steps
+from gemwright.train import step
 from gemwright.train.batches import Encoded, make_row
 from gemwright.train.graphs import Graphs
+from gemwright.train.setup import use_expandable_segments
 from gemwright.train.step import Work, forward_backward
 from gemwright.weights.model_file import ModelFile, open_model
 from gemwright.weights.quants import QTYPES
@@ -243,6 +245,21 @@ def test_gradients_beyond_the_window_and_past_a_long_row(made: Made, monkeypatch
         assert loss == pytest.approx(exact_loss, rel=2e-3) and error(ours, exact) <= bound
 
 
+@pytest.mark.parametrize("long", [1 << 20, 100])
+def test_tokens_of_an_image_see_each_other_both_ways(made: Made, monkeypatch: pytest.MonkeyPatch, long: int) -> None:
+    from gemwright.kernels import attend
+
+    monkeypatch.setattr(attend, "LONG", long)
+    file = made(SMALL["12b"], "Q4_0")
+    docs = documents(file.spec, (700, 30, 65, 64, 63))
+    pictured = [replace(docs[0], images=((5, 40), (300, 500))), replace(docs[1], images=((0, 30),)), *docs[2:]]
+    exact_loss, exact = on_cpu(file, [pictured], torch.float32)
+    _, plain = on_cpu(file, [pictured], BF16)
+    loss, ours = on_gpu(file, [pictured])
+    assert loss == pytest.approx(exact_loss, rel=2e-3) and error(ours, exact) <= 1.1 * error(plain, exact) + 1e-3
+    assert error(on_gpu(file, [docs])[1], exact) > 0.5  # as if there were no images
+
+
 def test_many_documents_keep_to_their_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash attention's backward takes 128 rows of fp32 sums a document: 600 of 4 tokens would be 33 times its own."""
     from gemwright.kernels import attend
@@ -264,6 +281,31 @@ def test_many_documents_keep_to_their_memory(made: Made, monkeypatch: pytest.Mon
     assert peaks[0] < 6 * q.numel() * 2 + 2 * 4 * attend.document_room(2400) * 16 * 128 and peaks[1] > 4 * peaks[0]
     for ours, whole in zip(*results, strict=True):
         assert error(ours, whole.cpu()) < 2e-3
+
+
+def test_what_layers_keep_lies_side_by_side(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made(TRUE["1b"], "Q4_0")
+    whole, gaps = step._head, []
+
+    def head(*args: Any) -> Tensor:
+        for segment in torch.cuda.memory_snapshot():
+            used = [block["state"] != "inactive" for block in segment["blocks"]]
+            last = max((i for i, in_use in enumerate(used) if in_use), default=0)
+            gaps.extend(
+                block["size"] for block, in_use in zip(segment["blocks"][:last], used, strict=False) if not in_use
+            )
+        return whole(*args)
+
+    monkeypatch.setattr(step, "_head", head)
+    torch.cuda.empty_cache()
+    use_expandable_segments()
+    try:
+        on_gpu(file, [documents(file.spec, (8192,))], keep=Keep.PRODUCTS)
+    finally:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+        torch.cuda.empty_cache()
+    kept = 7 * 8192 * 2 * (3 * 1152 + 1024 + 1536 + 2 * 6912)
+    assert sum(gaps) < 0.02 * kept
 
 
 @pytest.mark.parametrize("where", ["resident", "streamed", "mixed", "host"])

@@ -124,7 +124,8 @@ def peft_loss_and_gradients(model: Any, lora: LoRA, documents: Sequence[Encoded]
     labelled = sum(sum(d.labelled[1:]) for d in documents)
     total = 0.0
     for document in documents:
-        logits = model(input_ids=torch.tensor([document.ids])).logits[0, :-1].float()
+        masks = {"attention_mask": image_masks(model, document)} if document.images else {}
+        logits = model(input_ids=torch.tensor([document.ids]), **masks).logits[0, :-1].float()
         kept = torch.tensor(document.labelled[1:], dtype=torch.bool)
         if kept.any():
             target = torch.tensor(document.ids[1:])[kept]
@@ -138,6 +139,24 @@ def peft_loss_and_gradients(model: Any, lora: LoRA, documents: Sequence[Encoded]
         learned += [module.lora_magnitude_vector.default] if lora.dora else []
         gradients[name] = tuple(part.weight.grad.detach().float().clone() for part in learned)
     return total, gradients
+
+
+def image_masks(model: Any, document: Encoded) -> dict[str, torch.Tensor]:
+    """What tokens see in transformers' own Gemma 3 with images, by the kind of layer."""
+    from transformers.models.gemma3 import modeling_gemma3 as theirs
+
+    kinds = torch.zeros(1, len(document.ids), dtype=torch.long)
+    for begin, end in document.images:
+        kinds[0, begin:end] = 1
+    masks: dict[str, torch.Tensor] = theirs.create_masks_for_vision_model(
+        config=model.config,
+        inputs_embeds=torch.zeros(1, len(document.ids), 1),
+        attention_mask=None,
+        cache=None,
+        position_ids=None,
+        block_sequence_ids=theirs.get_block_sequence_ids_for_mask(kinds),
+    )
+    return masks
 
 
 def our_gradients(lora: LoRA) -> Gradients:

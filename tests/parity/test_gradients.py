@@ -165,6 +165,19 @@ def test_gradients_of_a_document_beyond_window_and_block_under_a_head_of_several
     assert_close(ours, peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, docs)[1], 5e-4)
 
 
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.NARROW])
+@pytest.mark.parametrize("size", ["4b", "27b"])
+def test_tokens_of_an_image_see_each_other_both_ways(made: Made, size: str, keep: Keep) -> None:
+    file = made(SMALL[size], "Q8_0")  # windows of 11 and 20 tokens, so images longer and shorter than that
+    lora, docs = new_lora(file.spec), documents(file.spec, (60, 320, 33))
+    pictured = [replace(d, images=i) for d, i in zip(docs, [((3, 40),), ((10, 15), (240, 300)), ()], strict=True)]
+    done, ours = step(file, lora, [pictured], keep=keep)
+    loss, theirs = peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, pictured)
+    assert done.loss == pytest.approx(loss, rel=1e-5)
+    assert_close(ours, theirs, 3e-4)
+    assert step(file, lora, [docs], keep=keep)[0].loss != pytest.approx(loss, rel=1e-4)
+
+
 @pytest.mark.parametrize("size", ["270m", "27b"])
 def test_bf16_is_as_near_to_fp32_as_plain_bf16(made: Made, size: str) -> None:
     file = made(SMALL[size], "BF16")

@@ -151,17 +151,22 @@ def test_rope_backward_undoes_rope_far_into_the_context() -> None:
     torch.testing.assert_close(rope(x, table, torch.float32)[0], x[0], rtol=0, atol=0)
 
 
-def dense_mask(lengths: Sequence[int], window: int | None) -> Tensor:
+Images = Sequence[tuple[int, int]]
+
+
+def dense_mask(lengths: Sequence[int], window: int | None, images: Images = ()) -> Tensor:
     """Which key each query of packed documents sees, as one square."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     at = torch.arange(sum(lengths))
     age = at[:, None] - at[None, :]
     seen = (document[:, None] == document[None, :]) & (age >= 0)
+    for begin, end in images:
+        seen[begin:end, begin:end] = True
     return seen if window is None else seen & (age < window)
 
 
-def plain_attention(lengths: Sequence[int], window: int | None) -> Callable[..., Tensor]:
-    seen = dense_mask(lengths, window)
+def plain_attention(lengths: Sequence[int], window: int | None, images: Images = ()) -> Callable[..., Tensor]:
+    seen = dense_mask(lengths, window, images)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = q.shape[1] // k.shape[1]
@@ -183,15 +188,16 @@ def check_attention(
     *,
     seed: int = 0,
     extra: float = 0.0,
+    images: Images = (),
 ) -> None:
     tokens = sum(lengths)
     q = randn(tokens, heads, width, seed=seed, dtype=dtype, scale=width**-0.25)
     k = randn(tokens, kv_heads, width, seed=seed + 1, dtype=dtype, scale=width**-0.25)
     v = randn(tokens, kv_heads, width, seed=seed + 2, dtype=dtype)
     dy = randn(tokens, heads, width, seed=seed + 3, dtype=dtype)
-    blocks = plan_blocks(lengths, window)
+    blocks = plan_blocks(lengths, window, images=images)
     ours = (attention(q, k, v, blocks), *attention_backward(dy, q, k, v, blocks))
-    assert_no_worse(ours, plain_attention(lengths, window), dy, (q, k, v), extra)
+    assert_no_worse(ours, plain_attention(lengths, window, images), dy, (q, k, v), extra)
 
 
 @settings(max_examples=40, deadline=None)
@@ -223,6 +229,35 @@ def test_attention_at_the_edges_of_window_and_block(lengths: list[int], window: 
 @pytest.mark.parametrize("window", [507, QUERY_BLOCK, 100])
 def test_attention_of_a_long_document_with_a_window_about_its_block(window: int) -> None:
     check_attention([1100, 30], window, 2, 1, 12)
+
+
+@pytest.mark.parametrize("window", [300, 40, None])
+def test_attention_of_images_across_the_edges_of_blocks(window: int | None) -> None:
+    images = [(0, 20), (25, 70), (110, 111), (90 + 240, 90 + 290), (90 + 500, 90 + 640), (90 + 640, 90 + 699)]
+    check_attention([90, 700, 5], window, 4, 2, 12, images=images)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=4),
+    window=st.none() | st.integers(1, 400),
+    data=st.data(),
+)
+def test_attention_of_any_images(lengths: list[int], window: int | None, data: st.DataObject) -> None:
+    check_attention(lengths, window, 2, 1, 8, extra=2e-5, images=data.draw(images_in(lengths)))
+
+
+@st.composite
+def images_in(draw: st.DrawFn, lengths: Sequence[int]) -> Images:
+    """Some images within documents of these lengths, one after another or with text between."""
+    images: list[tuple[int, int]] = []
+    start = 0
+    for length in lengths:
+        cuts = sorted(draw(st.sets(st.integers(0, length), max_size=6)))
+        some = [pair for pair in pairwise(cuts) if draw(st.booleans())]
+        images += [(start + a, start + b) for a, b in some]
+        start += length
+    return images
 
 
 @settings(max_examples=25, deadline=None)
