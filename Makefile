@@ -16,14 +16,14 @@ test: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check
 
-# A stamp a kind of installation: made again only when what is installed has changed.
+# A stamp a kind of installation: made again only when what is installed has changed. Python compiles what it imports.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) setuptools
-	$(PIP) --no-build-isolation -e '.[270m]'
+	$(PIP) --no-compile --no-build-isolation -e '.[270m]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --no-build-isolation -e '.[270m,dev]'
+	$(PIP) --no-compile --no-build-isolation -e '.[270m,dev]'
 	@touch $@
 
 $(VENV)/bin/python:

@@ -23,8 +23,9 @@ MODEL = "270m"
 STEPS, RANK, SEQ, LEARNING_RATE = 150, 16, 1024, 2e-3
 # Seconds that training may take, for ten minutes in all; those that it aims at on a slower machine, with half as many
 # tokens a step, which teaches more in that time; and the fewest steps that help, however long they take.
-MOST_S, TRAIN_S, FEWEST = 380.0, 315.0, 70
-SIDE_BY_SIDE = 8
+MOST_S, TRAIN_S, FEWEST = 380.0, 370.0, 70
+# Questions that are answered at a time, and tokens that each may take with its answer.
+SIDE_BY_SIDE, ROOM = 32, 256
 # Tokens by which an answer may be longer than the right one before it is cut off: it is wrong by then.
 LONGER_ANSWER = 4
 SHOWN = ("Russian", "Russian", "Ukrainian", "German", "Polish", "Greek", "Turkish", "Japanese", "Hindi", "Spanish")
@@ -66,7 +67,8 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
     steps, seq = STEPS, SEQ
     if choose_device("auto").type == "cpu":
         progress.update("training", BEFORE_DONE, "measuring how fast this machine trains")
-        steps, seq = _affordable(measure_tune(TrainConfig(seq=SEQ, tokens_per_step=SEQ, **fixed), 1).step_s)
+        half = TrainConfig(seq=SEQ // 2, tokens_per_step=SEQ // 2, **fixed)
+        steps, seq = _affordable(2 * measure_tune(half, 2).step_s)
     if seq < SEQ:
         progress.say(
             f"{steps} steps of {seq} tokens, not {STEPS} of {SEQ}, so that it takes minutes on this machine too"
@@ -130,7 +132,7 @@ def _answers(
         progress.update(phase, begin + (end - begin) * done / len(test), f"{done}/{len(test)} held-out questions")
 
     progress.update(phase, begin, "loading llama.cpp")
-    with open_engine(model, adapter=adapter, parallel=SIDE_BY_SIDE, threads=threads) as engine:
+    with open_engine(model, adapter=adapter, context=ROOM, parallel=SIDE_BY_SIDE, threads=threads) as engine:
         if not isinstance(engine, LlamaCpp):
             raise TypeError(f"the demo measures through llama.cpp, not {engine.name}")
         prompts = [render_prompt([Message("user", _question(example))], engine.encode) for example in test]

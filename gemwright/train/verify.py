@@ -54,7 +54,7 @@ def measure_tune(config: TrainConfig, steps: int = 3) -> Measured:
             tokens = done.tokens
     finally:
         setup.close()
-    step_s = sorted(times[warm:])[steps // 2]
+    step_s = sorted(times[warm:])[(steps - 1) // 2]
     return Measured(setup.peak_bytes(), peak_rss_bytes(), step_s, tokens / step_s)
 
 
