@@ -191,13 +191,15 @@ def plan(
     *,
     uniform: bool = False,
     images: Sequence[tuple[int, int]] = (),
+    pasts: Sequence[Sequence[int]] | None = None,
 ) -> Attention:
     """The fastest attention for documents of `lengths` there: flash in bf16 from compute capability 8.0 on.
 
-    `images` are the first and last (exclusive) rows of each; their tokens see each other both ways.
+    `images` are the first and last (exclusive) rows of each; their tokens see each other both ways. `pasts`, which
+    flash attention does not know, are the rows that documents share with earlier ones (see `plan_blocks`).
     """
     images = [(begin, end) for begin, end in images if end - begin > 1]
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
         flash = Flash(lengths, window, device, uniform=uniform)
         return WithImages(flash, images, device) if images else flash
-    return Blocked(plan_blocks(lengths, window, device, images))
+    return Blocked(plan_blocks(lengths, window, device, images, pasts))

@@ -12,16 +12,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Span = tuple[int, int, int, int]  # first and last (exclusive) row of the queries, then of the keys
 QUERY_BLOCK = 256
 # Pieces are rounded up to few shapes: the CPU library compiles each new shape of a product, for milliseconds.
 LENGTH_STEP, COUNT_STEP = 16, 4
 # What a further block costs, in tokens of filling: up to here shorter documents join the next longer ones.
 JOIN_TOKENS = 32
+
+
+class Piece(NamedTuple):
+    """Rows of queries `first` to `last` (exclusive), those of the `keys` [n], and how many of these come before."""
+
+    first: int
+    last: int
+    keys: Tensor
+    before: int
 
 
 @dataclass(frozen=True)
@@ -47,56 +56,65 @@ def plan_blocks(
     window: int | None,
     device: torch.device | None = None,
     images: Sequence[tuple[int, int]] = (),
+    pasts: Sequence[Sequence[int]] | None = None,
 ) -> list[Block]:
     """Blocks for documents of `lengths` lying one after another; `window` counts the token itself (None: all).
 
-    `images` are the first and last (exclusive) rows of each, none beyond its document.
+    `images` are the first and last (exclusive) rows of each, none beyond its document. `pasts` are the rows, in their
+    order, of what each document shares with earlier ones and so begins with, though its own rows begin after it.
     """
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    spans: list[list[Span]] = []
-    short = sorted((length, start) for start, length in zip(starts, lengths, strict=False) if length <= QUERY_BLOCK)
-    for length, documents in groupby(short, lambda document: _rounded(document[0], LENGTH_STEP)):
-        group = [(start, start + own, start, start + own) for own, start in documents]
-        filling = sum(length - _rounded(b - a, LENGTH_STEP) for a, b, _, _ in spans[-1]) if spans else 0
-        spans[-1:] = [spans[-1] + group] if spans and filling <= JOIN_TOKENS else [*spans[-1:], group]
-    for start, length in zip(starts, lengths, strict=False):
-        if length > QUERY_BLOCK:
-            for first in range(start, start + length, QUERY_BLOCK):
-                oldest = start if window is None else max(start, first - window + 1)
-                last = min(first + QUERY_BLOCK, start + length)
-                newest = max([last, *(end for begin, end in images if begin < last < end)])
-                spans.append([(first, last, oldest, newest)])
-    image = torch.full((starts[-1],), -1)
+    pieces, short, start = list[list[Piece]](), list[Piece](), 0
+    for past, length in zip(pasts or [()] * len(lengths), lengths, strict=True):
+        rows = torch.cat([torch.tensor(past, dtype=torch.long), torch.arange(start, start + length)])
+        for first in range(start, start + length, QUERY_BLOCK):
+            last, before = min(first + QUERY_BLOCK, start + length), len(past) + first - start
+            newest = max([last, *(end for begin, end in images if begin < last < end)])
+            oldest = 0 if window is None else max(0, before - window + 1)
+            piece = Piece(first, last, rows[oldest : len(past) + newest - start], before - oldest)
+            if length <= QUERY_BLOCK:
+                short.append(piece)
+            else:
+                pieces.append([piece])
+        start += length
+    short.sort(key=lambda piece: (len(piece.keys), piece.first))
+    joined: list[list[Piece]] = []
+    for keys, alike in groupby(short, lambda piece: _rounded(len(piece.keys), LENGTH_STEP)):
+        group = list(alike)
+        filling = sum(keys - _rounded(len(piece.keys), LENGTH_STEP) for piece in joined[-1]) if joined else 0
+        joined[-1:] = [joined[-1] + group] if joined and filling <= JOIN_TOKENS else [*joined[-1:], group]
+    image = torch.full((start,), -1)
     for index, (begin, end) in enumerate(images):
         image[begin:end] = index
-    return [_block(group, window, image, device) for group in spans]
+    return [_block(group, window, image, device) for group in [*joined, *pieces]]
 
 
 def _rounded(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _block(spans: list[Span], window: int | None, image: Tensor, device: torch.device | None) -> Block:
+def _block(pieces: list[Piece], window: int | None, image: Tensor, device: torch.device | None) -> Block:
     """`image` [N] says of each row which image it belongs to, or -1."""
     tokens = len(image)
-    queries = _rounded(max(b - a for a, b, _, _ in spans), LENGTH_STEP)
-    keys = _rounded(max(d - c for _, _, c, d in spans), LENGTH_STEP)
-    count = len(spans) if len(spans) == 1 else _rounded(len(spans), COUNT_STEP)
-    at = torch.tensor(spans + [(0, 0, 0, 0)] * (count - len(spans)))
-    q = at[:, :1] + torch.arange(queries)
-    k = at[:, 2:3] + torch.arange(keys)
-    real_q, real_k = q < at[:, 1:2], k < at[:, 3:4]
-    q_image, k_image = (image[rows.clamp(max=tokens - 1)] for rows in (q, k))
-    together = (q_image[:, :, None] == k_image[:, None, :]) & (q_image >= 0)[:, :, None]
-    seen = ((k[:, None, :] <= q[:, :, None]) | together) & real_k[:, None, :]
+    queries = _rounded(max(piece.last - piece.first for piece in pieces), LENGTH_STEP)
+    keys = _rounded(max(len(piece.keys) for piece in pieces), LENGTH_STEP)
+    count = len(pieces) if len(pieces) == 1 else _rounded(len(pieces), COUNT_STEP)
+    filled = [(0, 0, 0, 0)] * (count - len(pieces))
+    at = torch.tensor([(p.first, p.last, len(p.keys), p.before) for p in pieces] + filled)
+    first, last, key_count, before = at[:, :, None].unbind(1)
+    q, k = first + torch.arange(queries), torch.zeros(count, keys, dtype=torch.long)
+    for row, piece in zip(k, pieces, strict=False):
+        row[: len(piece.keys)] = piece.keys
+        row[len(piece.keys) :] = piece.keys[-1]
+    real_q, real_k = q < last, torch.arange(keys) < key_count
+    homes = q.masked_fill(~real_q, tokens)
+    q = torch.minimum(q, last - 1).clamp_(min=0)
+    age = before[:, :, None] + torch.arange(queries)[:, None] - torch.arange(keys)
+    together = (image[q][:, :, None] == image[k][:, None, :]) & (image[q] >= 0)[:, :, None]
+    seen = ((age >= 0) | together) & real_k[:, None, :]
     if window is not None:
-        seen &= q[:, :, None] - k[:, None, :] < window
+        seen &= age < window
     seen |= ~real_q[:, :, None]  # a padded query attends anywhere, so that its softmax stays finite; it is dropped
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    homes = q.masked_fill(~real_q, tokens)
-    q, k = (torch.minimum(rows, last - 1).clamp_(min=0) for rows, last in ((q, at[:, 1:2]), (k, at[:, 3:4])))
     q, homes, k, bias = (part.to(device) for part in (q.flatten(), homes.flatten(), k.flatten(), bias))
     padded = None if real_q.all() else ~real_q[:, None, :, None].to(device)
     return Block(count, queries, keys, q, homes, k, bias, padded)

@@ -32,7 +32,7 @@ class Row:
 
     ids [N] int64; `at` [M] positions whose next token is a target, and those `targets` [M], filled up to a whole
     LABEL_STEP by unlabelled positions with IGNORED; attention and rotation tables as (local, global).
-    `tokens` and `labelled` count without what was filled up.
+    `tokens` and `labelled` count without what was filled up; `tokens` are those of all documents, shared ones too.
     """
 
     ids: Tensor
@@ -150,20 +150,24 @@ def make_row(
     """Lay documents end to end; positions begin at 0 in each, and no label crosses from one to the next.
 
     The tensors are on `device`, for a model computing in `dtype`. `full` fills the row up to so many tokens and its
-    labels in few sizes, so that nearly all rows have the same shapes.
+    labels in few sizes, so that nearly all rows have the same shapes. On a CPU, what documents begin with in common
+    (`shared`) is in the row once.
     """
     tokens = sum(len(d.ids) for d in documents)
-    fill = (full or rounded(tokens, ROW_STEP)) - tokens
+    pasts = shared(documents) if device.type == "cpu" and full is None else [[] for _ in documents]
+    own = tokens - sum(map(len, pasts))
+    fill = (full or rounded(own, ROW_STEP)) - own
     step = LABEL_STEP if full is None else label_step(full)
     if fill:
-        documents = [*documents, Encoded([PAD] * fill, [False] * fill)]
-    lengths = [len(d.ids) for d in documents]
-    ids = torch.tensor([i for d in documents for i in d.ids])
-    learned = torch.tensor([flag for d in documents for flag in [*d.labelled[1:], False]])
+        documents, pasts = [*documents, Encoded([PAD] * fill, [False] * fill)], [*pasts, []]
+    begun = [(d, len(past)) for d, past in zip(documents, pasts, strict=True)]
+    lengths = [len(d.ids) - n for d, n in begun]
+    ids = torch.tensor([i for d, n in begun for i in d.ids[n:]])
+    learned = torch.tensor([flag for d, n in begun for flag in [*d.labelled[1:], False][n:]])
     at, spare = learned.nonzero()[:, 0], (~learned).nonzero()[:, 0]
     targets = ids[at + 1]
     spare = spare[: max(step, rounded(len(at), step)) - len(at)]
-    positions = torch.cat([torch.arange(n) for n in lengths])
+    positions = torch.cat([torch.arange(n, len(d.ids)) for d, n in begun])
     starts = accumulate(lengths, initial=0)
     images = [(first + a, first + b) for first, d in zip(starts, documents, strict=False) for a, b in d.images]
     at, padded = torch.cat([at, spare]), torch.cat([targets, torch.full_like(spare, IGNORED)])
@@ -171,11 +175,35 @@ def make_row(
         ids.to(device),
         at.to(device),
         padded.to(device),
-        plan_attention(spec, lengths, device, dtype, uniform=full is not None, images=images),
+        plan_attention(spec, lengths, device, dtype, uniform=full is not None, images=images, pasts=pasts),
         rope_tables(spec, positions.to(device)),
         tokens,
         len(targets),
     )
+
+
+def shared(documents: Sequence[Encoded]) -> list[list[int]]:
+    """For each document the rows of what it begins with as an earlier one does: it lies there and is computed once.
+
+    A token whose next one is a target stays each document's own; so does the last, and all of one with images.
+    """
+    known: dict[tuple[int, int], int] = {}  # the row before (-1: none) and a token -> that token's row
+    pasts: list[list[int]] = []
+    end = 0
+    for document in documents:
+        free = 0 if document.images else [*document.labelled[1:], True].index(True)
+        past: list[int] = []
+        before = -1
+        for token in document.ids[:free]:
+            if (before, token) not in known:
+                break
+            before = known[before, token]
+            past.append(before)
+        for row, token in enumerate(document.ids[len(past) : free], end):
+            known[before, token] = before = row
+        end += len(document.ids) - len(past)
+        pasts.append(past)
+    return pasts
 
 
 def steps(

@@ -29,7 +29,7 @@ from gemwright.model.decoder import Gemma
 from gemwright.model.lora import LoRA
 from gemwright.model.residency import LayerWeights, UnpackedResidency
 from gemwright.spec import LINEARS, ModelSpec
-from gemwright.train.batches import Encoded, make_row
+from gemwright.train.batches import Encoded, make_row, shared
 from gemwright.train.step import StepLoss, Work, forward_backward
 from gemwright.weights.model_file import ModelFile, open_model
 from gemwright.weights.random_model import write_random_gguf
@@ -163,6 +163,21 @@ def test_gradients_of_a_document_beyond_window_and_block_under_a_head_of_several
     lora, docs = new_lora(spec), documents(spec, (30, 555, 3), labelled=0.1)
     ours = step(file, lora, [docs])[1]
     assert_close(ours, peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, docs)[1], 5e-4)
+
+
+@pytest.mark.parametrize(("size", "qtype"), KINDS)
+def test_what_documents_share_is_as_if_each_had_its_own(made: Made, size: str, qtype: str) -> None:
+    file = made(SMALL[size], qtype)  # with windows of 8 to 20 tokens
+    lora, (head, *tails) = new_lora(file.spec), documents(file.spec, (30, 12, 300, 25, 7, 40))
+    docs = [
+        Encoded([*head.ids[:n], *d.ids], [False] * n + d.labelled)
+        for n, d in zip((30, 30, 21, 5, 30), tails, strict=True)
+    ]
+    done, ours = step(file, lora, [docs])
+    assert sum(map(len, shared(docs))) >= 30 + 21 + 5 + 30 and done.tokens == sum(len(d.ids) for d in docs)
+    loss, theirs = peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, docs)
+    assert done.loss == pytest.approx(loss, rel=1e-5)
+    assert_close(ours, theirs, 3e-4)
 
 
 @pytest.mark.parametrize("keep", [Keep.ALL, Keep.NARROW])

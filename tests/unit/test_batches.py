@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gemwright.layout import LABEL_STEP, ROW_STEP
 from gemwright.model.decoder import rope_tables
 from gemwright.spec import BOS, PAD, SPECS
-from gemwright.train.batches import IGNORED, OPEN_ROWS, Encoded, bucket, make_row, pack, steps
+from gemwright.train.batches import IGNORED, OPEN_ROWS, Encoded, bucket, make_row, pack, shared, steps
 
 SPEC = SPECS["270m"]
 SEQ = 60
@@ -110,11 +110,42 @@ def test_labels_never_cross_documents(flags: list[list[bool]]) -> None:
 @settings(deadline=None)
 @given(Documents)
 def test_rows_and_labels_are_filled_up_without_effect(flags: list[list[bool]]) -> None:
-    row = make_row(SPEC, [Encoded([7] * len(own), own) for own in flags])
-    assert len(row.ids) % ROW_STEP == 0 and len(row.ids) - row.tokens < ROW_STEP
-    assert row.ids[row.tokens :].eq(PAD).all() and row.targets[row.labelled :].eq(IGNORED).all()
+    documents = [Encoded([7] * len(own), own) for own in flags]
+    row, own_rows = make_row(SPEC, documents), row_count(documents)
+    assert len(row.ids) % ROW_STEP == 0 and len(row.ids) - own_rows < ROW_STEP
+    assert row.ids[own_rows:].eq(PAD).all() and row.targets[row.labelled :].eq(IGNORED).all()
     assert len(row.at) % LABEL_STEP == 0 or len(row.at) == len(row.ids)
     assert len(row.at) == len(row.targets) == len(set(row.at.tolist()))  # a position twice would lose a gradient
+
+
+def row_count(documents: list[Encoded]) -> int:
+    return sum(len(d.ids) - len(past) for d, past in zip(documents, shared(documents), strict=True))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=9), st.integers(0, 9)), min_size=1, max_size=9)
+)
+def test_documents_share_what_they_begin_with_and_no_label(drawn: list[tuple[list[int], int]]) -> None:
+    documents = [Encoded(ids, [i >= first for i in range(len(ids))]) for ids, first in drawn]
+    row, rows = make_row(SPEC, documents), list[list[int]]()
+    start, known, learned = 0, set[tuple[int, ...]](), list[tuple[int, int]]()
+    for document, past in zip(documents, shared(documents), strict=True):
+        ids, flags = document.ids, document.labelled
+        rows.append([*past, *range(start, start + len(ids) - len(past))])
+        start += len(ids) - len(past)
+        assert row.ids[rows[-1]].tolist() == ids
+        for mine, right in zip(
+            itertools.chain(*row.tables), itertools.chain(*rope_tables(SPEC, torch.arange(len(ids)))), strict=True
+        ):
+            assert torch.equal(mine[rows[-1]], right)
+        free = next((i for i, flag in enumerate(flags[1:]) if flag), len(ids) - 1)
+        longest = max((n for n in range(free + 1) if n == 0 or tuple(ids[:n]) in known), default=0)
+        assert len(past) == longest
+        known |= {tuple(ids[:n]) for n in range(1, free + 1)}
+        learned += [(rows[-1][i], ids[i + 1]) for i in range(len(ids) - 1) if flags[i + 1]]
+    assert row.tokens == sum(len(d.ids) for d in documents)
+    assert list(zip(row.at[: row.labelled].tolist(), row.targets[: row.labelled].tolist(), strict=True)) == learned
 
 
 def test_positions_begin_anew_in_each_document() -> None:

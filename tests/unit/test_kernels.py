@@ -281,6 +281,43 @@ def test_a_document_does_not_notice_its_neighbours(lengths: list[int], window: i
         torch.testing.assert_close(one[own], other, rtol=1e-5, atol=2e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    begun=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    lengths=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 400), st.integers(1, 300)), min_size=1, max_size=6),
+    window=st.none() | st.integers(1, 300),
+)
+def test_what_documents_share_counts_for_each(
+    begun: list[int], lengths: list[tuple[int, int, int]], window: int | None
+) -> None:
+    # Documents that begin others: each of the first few as such, then some that go on after a part of one of these.
+    own = [max(n, 1) for n in begun]
+    starts = [sum(own[:i]) for i in range(len(own))]
+    pasts: list[list[int]] = [[] for _ in own]
+    for which, most, length in lengths:
+        first = starts[which % len(begun)]
+        pasts.append(list(range(first, first + min(most, own[which % len(begun)]))))
+        own.append(length)
+    tokens = sum(own)
+    q, k, v, dy = (randn(tokens, heads, 16, seed=s) for s, heads in enumerate((4, 2, 2, 4)))
+    blocks = plan_blocks(own, window, pasts=pasts)
+    out, dq = attention(q, k, v, blocks), torch.zeros_like(q)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    start = 0
+    for past, length in zip(pasts, own, strict=True):
+        rows = [*past, *range(start, start + length)]
+        alone = plan_blocks([len(rows)], window)
+        weight = dy[rows].clone()
+        weight[: len(past)] = 0  # its own output alone is looked at
+        expected = attention(q[rows], k[rows], v[rows], alone)[len(past) :]
+        torch.testing.assert_close(out[start : start + length], expected, rtol=1e-5, atol=2e-6)
+        for whole, part in zip((dq, dk, dv), attention_backward(weight, q[rows], k[rows], v[rows], alone), strict=True):
+            whole.index_add_(0, torch.tensor(rows), part)
+        start += length
+    for ours, whole in zip(attention_backward(dy, q, k, v, blocks), (dq, dk, dv), strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_neighbours_of_another_content_change_no_bit() -> None:
     lengths = [40, 300, 38, 41]
     own = slice(40, 340)
