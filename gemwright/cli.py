@@ -71,7 +71,7 @@ def demo(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune the real Gemma 3 270M on this machine and show it before and after (seven to nine minutes on two cores).
+    """Fine-tune the real Gemma 3 270M on this machine and show it before and after (seven to nine minutes, two cores).
 
     \b
     Example:
