@@ -191,7 +191,7 @@ def plan(
     *,
     uniform: bool = False,
     images: Sequence[tuple[int, int]] = (),
-    pasts: Sequence[Sequence[int]] | None = None,
+    pasts: Sequence[Sequence[int]] = (),
 ) -> Attention:
     """The fastest attention for documents of `lengths` there: flash in bf16 from compute capability 8.0 on.
 
@@ -200,6 +200,8 @@ def plan(
     """
     images = [(begin, end) for begin, end in images if end - begin > 1]
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
+        if any(pasts):
+            raise ValueError("flash attention knows nothing that documents share")
         flash = Flash(lengths, window, device, uniform=uniform)
         return WithImages(flash, images, device) if images else flash
     return Blocked(plan_blocks(lengths, window, device, images, pasts))

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemwright.layout import rounded
+
 QUERY_BLOCK = 256
 # Pieces are rounded up to few shapes: the CPU library compiles each new shape of a product, for milliseconds.
 LENGTH_STEP, COUNT_STEP = 16, 4
@@ -56,7 +58,7 @@ def plan_blocks(
     window: int | None,
     device: torch.device | None = None,
     images: Sequence[tuple[int, int]] = (),
-    pasts: Sequence[Sequence[int]] | None = None,
+    pasts: Sequence[Sequence[int]] = (),
 ) -> list[Block]:
     """Blocks for documents of `lengths` lying one after another; `window` counts the token itself (None: all).
 
@@ -78,26 +80,23 @@ def plan_blocks(
         start += length
     short.sort(key=lambda piece: (len(piece.keys), piece.first))
     joined: list[list[Piece]] = []
-    for keys, alike in groupby(short, lambda piece: _rounded(len(piece.keys), LENGTH_STEP)):
+    for keys, alike in groupby(short, lambda piece: rounded(len(piece.keys), LENGTH_STEP)):
         group = list(alike)
-        filling = sum(keys - _rounded(len(piece.keys), LENGTH_STEP) for piece in joined[-1]) if joined else 0
+        filling = sum(keys - rounded(len(piece.keys), LENGTH_STEP) for piece in joined[-1]) if joined else 0
         joined[-1:] = [joined[-1] + group] if joined and filling <= JOIN_TOKENS else [*joined[-1:], group]
-    image = torch.full((start,), -1)
-    for index, (begin, end) in enumerate(images):
-        image[begin:end] = index
-    return [_block(group, window, image, device) for group in [*joined, *pieces]]
+    return [_block(group, window, start, images, device) for group in [*joined, *pieces]]
 
 
-def _rounded(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
-def _block(pieces: list[Piece], window: int | None, image: Tensor, device: torch.device | None) -> Block:
-    """`image` [N] says of each row which image it belongs to, or -1."""
-    tokens = len(image)
-    queries = _rounded(max(piece.last - piece.first for piece in pieces), LENGTH_STEP)
-    keys = _rounded(max(len(piece.keys) for piece in pieces), LENGTH_STEP)
-    count = len(pieces) if len(pieces) == 1 else _rounded(len(pieces), COUNT_STEP)
+def _block(
+    pieces: list[Piece],
+    window: int | None,
+    tokens: int,
+    images: Sequence[tuple[int, int]],
+    device: torch.device | None,
+) -> Block:
+    queries = rounded(max(piece.last - piece.first for piece in pieces), LENGTH_STEP)
+    keys = rounded(max(len(piece.keys) for piece in pieces), LENGTH_STEP)
+    count = len(pieces) if len(pieces) == 1 else rounded(len(pieces), COUNT_STEP)
     filled = [(0, 0, 0, 0)] * (count - len(pieces))
     at = torch.tensor([(p.first, p.last, len(p.keys), p.before) for p in pieces] + filled)
     first, last, key_count, before = at[:, :, None].unbind(1)
@@ -108,11 +107,14 @@ def _block(pieces: list[Piece], window: int | None, image: Tensor, device: torch
     real_q, real_k = q < last, torch.arange(keys) < key_count
     homes = q.masked_fill(~real_q, tokens)
     q = torch.minimum(q, last - 1).clamp_(min=0)
-    age = before[:, :, None] + torch.arange(queries)[:, None] - torch.arange(keys)
-    together = (image[q][:, :, None] == image[k][:, None, :]) & (image[q] >= 0)[:, :, None]
-    seen = ((age >= 0) | together) & real_k[:, None, :]
+    q_at, k_at = before[:, :, None] + torch.arange(queries)[:, None], torch.arange(keys)
+    seen = k_at <= q_at
+    for begin, end in images:
+        of_q, of_k = ((begin <= rows) & (rows < end) for rows in (q, k))
+        seen |= of_q[:, :, None] & of_k[:, None, :]
+    seen &= real_k[:, None, :]
     if window is not None:
-        seen &= age < window
+        seen &= q_at - k_at < window
     seen |= ~real_q[:, :, None]  # a padded query attends anywhere, so that its softmax stays finite; it is dropped
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
     q, homes, k, bias = (part.to(device) for part in (q.flatten(), homes.flatten(), k.flatten(), bias))

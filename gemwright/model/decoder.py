@@ -38,15 +38,15 @@ def plan_attention(
     *,
     uniform: bool = False,
     images: Sequence[tuple[int, int]] = (),
-    pasts: Sequence[Sequence[int]] | None = None,
+    pasts: Sequence[Sequence[int]] = (),
 ) -> tuple[Attention, Attention]:
     """(local, global) attention for packed documents of `lengths`; one object where the window changes nothing.
 
     With `uniform` rows of as many tokens have attention of one kind (see `Flash`). `images` are the first and last
     (exclusive) tokens of each, counted over all documents, `pasts` what they share (see `kernels.attention`).
     """
-    begun = [0] * len(lengths) if pasts is None else [len(past) for past in pasts]
-    longest = sum(lengths) if uniform else max(n + length for n, length in zip(begun, lengths, strict=True))
+    whole = [len(past) + length for past, length in zip(pasts or [()] * len(lengths), lengths, strict=True)]
+    longest = sum(lengths) if uniform else max(whole)
     everything = plan(lengths, None, device, dtype, uniform=uniform, images=images, pasts=pasts)
     if longest <= spec.window:
         return everything, everything

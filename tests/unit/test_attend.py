@@ -82,3 +82,9 @@ def test_images_join_flash_attention_as_if_it_knew_them(
         found.append((out, *kind.backward(do, q, k, v, out, kept)))
     for ours, dense in zip(*found, strict=True):
         torch.testing.assert_close(ours, dense.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_refuses_what_documents_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match="share"):
+        attend.plan([3, 2], None, torch.device("cuda"), torch.bfloat16, pasts=[[], [0]])
