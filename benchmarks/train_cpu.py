@@ -7,7 +7,8 @@ Each contestant is a process of its own with the same documents in the same orde
 turns, so that a noisy machine is noisy for all; a step before each turn is not counted, since a process that waited has
 lost its caches, and a busy machine may have taken its memory. The peer gets rows of 256 tokens with documents end to
 end (no padding to speak of, and no mask between documents, which is in its favour). Tokens are counted without padding,
-of whole documents, and so are the products alone, though gemwright computes what documents begin with in common once.
+of whole documents, and so are the products alone, though gemwright computes what documents begin with in common once
+and what comes after their last target not at all.
 """
 
 from __future__ import annotations

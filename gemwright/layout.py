@@ -16,7 +16,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 # Rows of an input with its tail stay aligned to 16 bytes, as the kernels' wide loads need.
 TAIL_STEP = 8
-# Rows and their labels are filled up to few sizes: the CPU library compiles each new shape of a product.
+# Rows and their labels are filled up to whole steps: the CPU library compiles each new shape of a product.
+FILL_STEP = 16
+# The same where all rows are to have one size.
 ROW_STEP, LABEL_STEP = 64, 32
 # Up to this share of its positions a row's labels are few: its last layer leaves the others out after its attention.
 FEW = 0.5

@@ -36,6 +36,15 @@ class Encoded:
     labelled: list[bool]
     images: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def inputs(self) -> int:
+        """How many tokens a loss depends on: those before the last target, and all of an image that began there.
+
+        All where nothing is a target.
+        """
+        last = next((i for i in range(len(self.ids) - 1, 0, -1) if self.labelled[i]), len(self.ids))
+        return max([last, *(end for begin, end in self.images if begin < last)])
+
 
 class DamagedStore(GemwrightError):
     """The files are not those that were written."""

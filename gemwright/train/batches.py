@@ -16,7 +16,7 @@ from torch import Tensor
 from gemwright.data.store import Encoded as Encoded
 from gemwright.kernels.attend import Attention
 from gemwright.kernels.heads import Table
-from gemwright.layout import LABEL_STEP, ROW_STEP, label_step, rounded
+from gemwright.layout import FILL_STEP, label_step, rounded
 from gemwright.model.decoder import plan_attention, rope_tables
 from gemwright.spec import PAD, ModelSpec
 
@@ -28,11 +28,11 @@ _YOUNGEST = (1 << 40) - 1
 
 @dataclass(frozen=True)
 class Row:
-    """One micro-batch: documents one after another, filled up to a whole ROW_STEP by one more of PAD tokens.
+    """One micro-batch: documents one after another, filled up to a whole step by one more of PAD tokens.
 
     ids [N] int64; `at` [M] positions whose next token is a target, and those `targets` [M], filled up to a whole
-    LABEL_STEP by unlabelled positions with IGNORED; attention and rotation tables as (local, global).
-    `tokens` and `labelled` count without what was filled up; `tokens` are those of all documents, shared ones too.
+    step by unlabelled positions with IGNORED; attention and rotation tables as (local, global).
+    `tokens` and `labelled` count without what was filled up; `tokens` are all those of all documents.
     """
 
     ids: Tensor
@@ -150,26 +150,28 @@ def make_row(
     """Lay documents end to end; positions begin at 0 in each, and no label crosses from one to the next.
 
     The tensors are on `device`, for a model computing in `dtype`. `full` fills the row up to so many tokens and its
-    labels in few sizes, so that nearly all rows have the same shapes. On a CPU, what documents begin with in common
-    (`shared`) is in the row once.
+    labels in few sizes, so that nearly all rows have the same shapes. On a CPU a row is as short as it can be: what
+    documents begin with in common (`shared`) is in it once, and what comes after a last target not at all.
     """
     tokens = sum(len(d.ids) for d in documents)
-    pasts = shared(documents) if device.type == "cpu" and full is None else [[] for _ in documents]
-    own = tokens - sum(map(len, pasts))
-    fill = (full or rounded(own, ROW_STEP)) - own
-    step = LABEL_STEP if full is None else label_step(full)
+    short = device.type == "cpu" and full is None
+    pasts = shared(documents) if short else [[] for _ in documents]
+    parts = [(d, len(past), d.inputs if short else len(d.ids)) for d, past in zip(documents, pasts, strict=True)]
+    own = sum(stop - n for _, n, stop in parts)
+    fill = (full or rounded(own, FILL_STEP)) - own
+    step = FILL_STEP if full is None else label_step(full)
     if fill:
-        documents, pasts = [*documents, Encoded([PAD] * fill, [False] * fill)], [*pasts, []]
-    begun = [(d, len(past)) for d, past in zip(documents, pasts, strict=True)]
-    lengths = [len(d.ids) - n for d, n in begun]
-    ids = torch.tensor([i for d, n in begun for i in d.ids[n:]])
-    learned = torch.tensor([flag for d, n in begun for flag in [*d.labelled[1:], False][n:]])
+        parts, pasts = [*parts, (Encoded([PAD] * fill, [False] * fill), 0, fill)], [*pasts, []]
+    lengths = [stop - n for _, n, stop in parts]
+    ids = torch.tensor([i for d, n, stop in parts for i in d.ids[n:stop]])
+    learned = torch.tensor([flag for d, n, stop in parts for flag in [*d.labelled[1:], False][n:stop]])
+    following = torch.tensor([i for d, n, stop in parts for i in [*d.ids[1:], PAD][n:stop]])
     at, spare = learned.nonzero()[:, 0], (~learned).nonzero()[:, 0]
-    targets = ids[at + 1]
+    targets = following[at]
     spare = spare[: max(step, rounded(len(at), step)) - len(at)]
-    positions = torch.cat([torch.arange(n, len(d.ids)) for d, n in begun])
-    starts = accumulate(lengths, initial=0)
-    images = [(first + a, first + b) for first, d in zip(starts, documents, strict=False) for a, b in d.images]
+    positions = torch.cat([torch.arange(n, stop) for _, n, stop in parts])
+    starts = zip(accumulate(lengths, initial=0), parts, strict=False)
+    images = [(first + a, first + b) for first, (d, _, stop) in starts for a, b in d.images if b <= stop]
     at, padded = torch.cat([at, spare]), torch.cat([targets, torch.full_like(spare, IGNORED)])
     return Row(
         ids.to(device),
@@ -201,7 +203,7 @@ def shared(documents: Sequence[Encoded]) -> list[list[int]]:
             past.append(before)
         for row, token in enumerate(document.ids[len(past) : free], end):
             known[before, token] = before = row
-        end += len(document.ids) - len(past)
+        end += document.inputs - len(past)
         pasts.append(past)
     return pasts
 

@@ -31,7 +31,7 @@ class Work:
 
     keep: Sequence[Keep] | Keep = Keep.ALL
     chunk: int = 1 << 30
-    positions: int = 1024
+    positions: int = 512
     head_rows: int = ROWS
 
     def kept(self, layer: int) -> Keep:

@@ -124,7 +124,7 @@ def exact_settings(model: Path, data: Path, out: Path, **kind: bool) -> TrainCon
 def test_log_probabilities_are_the_same_in_every_engine_and_form(
     exact_model: Path, data: Path, exact_run: TuneResult, tmp_path: Path, rslora: bool
 ) -> None:
-    ids = ids_of(exact_model, data)[0][:80]
+    ids = ids_of(exact_model, data)[0][:48]
     tuned = tune(exact_settings(exact_model, data, tmp_path / "run", rslora=True)) if rslora else exact_run
     ours, without = (ours_with(exact_model, run).log_probs(ids).tolist() for run in (tuned, None))
     assert max(abs(a - b) for a, b in zip(ours, without, strict=True)) > 0.5
@@ -145,7 +145,7 @@ def test_dora_is_the_same_in_peft_and_our_engine_and_refused_by_llamacpp(
 
     tuned = tune(exact_settings(exact_model, data, tmp_path / "run", dora=True))
     assert tuned.adapter_gguf is None and not (tuned.run / "adapter.gguf").exists()
-    ids = ids_of(exact_model, data)[0][:80]
+    ids = ids_of(exact_model, data)[0][:48]
     ours, without = ours_with(exact_model, tuned), ours_with(exact_model, None)
     assert float((ours.logits(ids) - without.logits(ids)).abs().max()) > 0.5
     model = PeftModel.from_pretrained(transformers_model(open_model(exact_model)), tuned.adapter)

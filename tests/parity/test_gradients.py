@@ -185,7 +185,7 @@ def test_what_documents_share_is_as_if_each_had_its_own(made: Made, size: str, q
 def test_tokens_of_an_image_see_each_other_both_ways(made: Made, size: str, keep: Keep) -> None:
     file = made(SMALL[size], "Q8_0")  # windows of 11 and 20 tokens, so images longer and shorter than that
     lora, docs = new_lora(file.spec), documents(file.spec, (60, 320, 33))
-    pictured = [replace(d, images=i) for d, i in zip(docs, [((3, 40),), ((10, 15), (240, 300)), ()], strict=True)]
+    pictured = [replace(d, images=i) for d, i in zip(docs, [((3, 40),), ((10, 15), (250, 320)), ()], strict=True)]
     done, ours = step(file, lora, [pictured], keep=keep)
     loss, theirs = peft_loss_and_gradients(with_peft(transformers_model(file), lora), lora, pictured)
     assert done.loss == pytest.approx(loss, rel=1e-5)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemwright.layout import LABEL_STEP, ROW_STEP
+from gemwright.layout import FILL_STEP
 from gemwright.model.decoder import rope_tables
 from gemwright.spec import BOS, PAD, SPECS
 from gemwright.train.batches import IGNORED, OPEN_ROWS, Encoded, bucket, make_row, pack, shared, steps
@@ -99,8 +99,8 @@ def test_without_packing_short_and_long_steps_take_turns() -> None:
 def test_labels_never_cross_documents(flags: list[list[bool]]) -> None:
     documents = [Encoded([1000 * d + i for i in range(len(own))], own) for d, own in enumerate(flags)]
     row = make_row(SPEC, documents)
-    lengths = [len(own) for own in flags]
-    assert row.ids[: row.tokens].tolist() == [i for d in documents for i in d.ids] and row.tokens == sum(lengths)
+    needed = [i for d in documents for i in d.ids[: d.inputs]]
+    assert row.ids[: len(needed)].tolist() == needed and row.tokens == sum(len(own) for own in flags)
     pairs = zip(row.at[: row.labelled], row.targets[: row.labelled].tolist(), strict=True)
     learned = [(row.ids[at].item(), target) for at, target in pairs]
     assert learned == [(d.ids[i - 1], d.ids[i]) for d in documents for i in range(1, len(d.ids)) if d.labelled[i]]
@@ -112,14 +112,14 @@ def test_labels_never_cross_documents(flags: list[list[bool]]) -> None:
 def test_rows_and_labels_are_filled_up_without_effect(flags: list[list[bool]]) -> None:
     documents = [Encoded([7] * len(own), own) for own in flags]
     row, own_rows = make_row(SPEC, documents), row_count(documents)
-    assert len(row.ids) % ROW_STEP == 0 and len(row.ids) - own_rows < ROW_STEP
+    assert len(row.ids) % FILL_STEP == 0 and len(row.ids) - own_rows < FILL_STEP
     assert row.ids[own_rows:].eq(PAD).all() and row.targets[row.labelled :].eq(IGNORED).all()
-    assert len(row.at) % LABEL_STEP == 0 or len(row.at) == len(row.ids)
+    assert len(row.at) % FILL_STEP == 0 or len(row.at) == len(row.ids)
     assert len(row.at) == len(row.targets) == len(set(row.at.tolist()))  # a position twice would lose a gradient
 
 
 def row_count(documents: list[Encoded]) -> int:
-    return sum(len(d.ids) - len(past) for d, past in zip(documents, shared(documents), strict=True))
+    return sum(d.inputs - len(past) for d, past in zip(documents, shared(documents), strict=True))
 
 
 @settings(deadline=None)
@@ -132,11 +132,13 @@ def test_documents_share_what_they_begin_with_and_no_label(drawn: list[tuple[lis
     start, known, learned = 0, set[tuple[int, ...]](), list[tuple[int, int]]()
     for document, past in zip(documents, shared(documents), strict=True):
         ids, flags = document.ids, document.labelled
-        rows.append([*past, *range(start, start + len(ids) - len(past))])
-        start += len(ids) - len(past)
-        assert row.ids[rows[-1]].tolist() == ids
+        rows.append([*past, *range(start, start + document.inputs - len(past))])
+        start += document.inputs - len(past)
+        assert row.ids[rows[-1]].tolist() == ids[: document.inputs]
         for mine, right in zip(
-            itertools.chain(*row.tables), itertools.chain(*rope_tables(SPEC, torch.arange(len(ids)))), strict=True
+            itertools.chain(*row.tables),
+            itertools.chain(*rope_tables(SPEC, torch.arange(document.inputs))),
+            strict=True,
         ):
             assert torch.equal(mine[rows[-1]], right)
         free = next((i for i, flag in enumerate(flags[1:]) if flag), len(ids) - 1)
@@ -148,9 +150,22 @@ def test_documents_share_what_they_begin_with_and_no_label(drawn: list[tuple[lis
     assert list(zip(row.at[: row.labelled].tolist(), row.targets[: row.labelled].tolist(), strict=True)) == learned
 
 
+def test_what_comes_after_the_last_target_is_no_input_unless_rows_are_full() -> None:
+    ids, flags = list(range(2, 12)), [False] * 5 + [True, False, True, False, False]
+    whole, cut = Encoded(ids, flags, ((1, 3), (8, 10))), Encoded(ids[:8], flags[:8], ((1, 3),))
+    row, short = make_row(SPEC, [whole, whole]), make_row(SPEC, [cut, cut])
+    assert torch.equal(row.ids, short.ids) and torch.equal(row.at, short.at) and torch.equal(row.targets, short.targets)
+    q, k, v = torch.randn(3, len(row.ids), 1, 8).unbind(0)
+    for mine, right in zip(row.attention, short.attention, strict=True):
+        assert torch.equal(mine.forward(q, k, v)[0], right.forward(q, k, v)[0])
+    assert row.tokens == 20 and row.labelled == 4
+    assert make_row(SPEC, [whole, whole], full=32).ids[:20].tolist() == [*ids, *ids]
+    assert Encoded(ids, flags, ((1, 3), (4, 9))).inputs == 9  # what an image's tokens see lies behind them too
+
+
 def test_positions_begin_anew_in_each_document() -> None:
     row = make_row(SPEC, examples([5, 1, 7]))
-    positions = torch.tensor([*range(5), 0, *range(7), *range(ROW_STEP - 13)])
+    positions = torch.tensor([*range(4), 0, *range(6), *range(FILL_STEP - 11)])
     for mine, right in zip(itertools.chain(*row.tables), itertools.chain(*rope_tables(SPEC, positions)), strict=True):
         assert torch.equal(mine, right)
 
