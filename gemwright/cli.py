@@ -243,9 +243,10 @@ def tune(
     """
     given = {key: value for key, value in locals().items() if value is not None and key != "as_json"}
     from gemwright.train.config import TrainConfig
+
+    config = TrainConfig(**given)  # before torch is imported, which takes seconds
     from gemwright.train.loop import tune as train
 
-    config = TrainConfig(**given)
     with Progressing() as progress:
         result = train(config, lambda p: cli_runs.show_progress(progress, p))
     cli_runs.give_result(result, model, as_json)
