@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from sentencepiece import SentencePieceProcessor
@@ -132,8 +132,15 @@ def _model(entries: Sequence[bytes]) -> bytes:
 
 def _entry(piece: str, score: float, kind: int) -> bytes:
     """A SentencePiece message inside a ModelProto; its last byte is `kind`."""
-    content = _field(1, piece.encode("utf-8")) + struct.pack("<BfBB", 0x15, score, 0x18, kind)
-    return _field(1, content)
+    text = piece.encode("utf-8")
+    return _before(len(text)) + text + _AFTER.pack(0x15, score, 0x18, kind)
+
+
+@cache
+def _before(length: int) -> bytes:
+    """What comes before a piece of `length` bytes in its message."""
+    own = _varint(1 << 3 | 2) + _varint(length)
+    return _varint(1 << 3 | 2) + _varint(len(own) + length + _AFTER.size) + own
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -150,4 +157,5 @@ def _varint(value: int) -> bytes:
     return bytes((value & 0x7F | 0x80,)) + _varint(value >> 7)
 
 
+_AFTER: Final = struct.Struct("<BfBB")  # score and kind
 _SHORT: Final = tuple(bytes((value,)) for value in range(0x80))
