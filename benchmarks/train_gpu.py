@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 RANK, GIB = 16, 2**30
 # Seconds of steps that are not counted, three at least.
 WARM_S = 4.0
+# Steps of more tokens: the second alone is counted. The first compiles, and touches its memory for the first time.
+LONG = 16_384
 COLUMNS = ("case", "tokens/s", "of resident", "of the limit", "limit tokens/s", "waiting", "peak GiB", "predicted")
 COLUMNS = (*COLUMNS, "host GiB", "step s (spread)", "predicted s")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12}
@@ -233,7 +235,7 @@ def run(case: Case, like: Case, folder: Path, steps: int, limit: tuple[float, fl
     ]
     optimizer, times, waits, losses = Optimizer(lora, 0.0, 1.0), [], [], []
     rows = setup.rows([[document] for document in documents])
-    warm = None if tokens <= 16_384 else 0
+    warm = None if tokens <= LONG else 1
     while warm is None or len(times) < warm + steps:
         start = time.perf_counter()
         done = setup.forward_backward(rows, 0)
@@ -374,7 +376,7 @@ def child(cases: list[Case], options: argparse.Namespace) -> list[dict]:
     """Run cases in a process of their own; a row each, with `error` where it failed."""
     wanted = json.dumps([asdict(case) for case in cases])
     command = [sys.executable, __file__, "--case", wanted, "--models", str(options.models)]
-    steps = options.steps if cases[0].batch * cases[0].sequence <= 16_384 else 1
+    steps = options.steps if cases[0].batch * cases[0].sequence <= LONG else 1
     done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -409,7 +411,7 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
 
 `python benchmarks/train_gpu.py` on {device}; Python {platform.python_version()},
 PyTorch {torch.__version__}. Random weights in the true shapes, rank {RANK} on all linears, every position
-labelled, {options.steps} timed steps a turn after {WARM_S:g} s of others (the first and only one for more than 16,384
+labelled, {options.steps} timed steps a turn after {WARM_S:g} s of others (one after one for more than {LONG:,}
 tokens), {options.turns} turns with the resident twin; in brackets the ratio of each turn. Cases are
 size:batch x sequence:cap in GiB. Peak: what PyTorch reserved; host: the process's resident memory at most, the mapped
 file counted in.
