@@ -12,12 +12,12 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from multiprocessing.context import SpawnContext
-from typing import NamedTuple
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 from gemwright.data.read import Example
 from gemwright.data.store import packed
@@ -113,33 +113,76 @@ def _submitting(encode: Encoder, train_on: TrainOn, workers: int) -> Iterator[_S
     if workers == 1:
         yield lambda batch: partial(_encoded, encode, train_on, batch)
         return
-    spawn = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, spawn, _begin, (_quick(encode, spawn), train_on)) as pool:
-            try:
-                with _ctrl_c_not_inherited():
-                    for ready in [pool.submit(os.getpid) for _ in range(workers)]:
-                        ready.cancel()
-                yield lambda batch: pool.submit(_in_worker, batch).result
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    except BrokenProcessPool:
-        what = "a process that was tokenising has been killed, perhaps for want of memory"
-        raise MachineError(what, fix="Close other programs, or use fewer --workers.") from None
+    # An encoder for much text, made once for all workers, and in a process that gives its memory back.
+    with _processes(1, pickle.dumps(partial(_hastened, train_on))) as ask:
+        made = ask(encode)()
+    with _processes(workers, made) as submit:
+        yield submit
 
 
-def _quick(encode: Encoder, spawn: SpawnContext) -> bytes:
-    """An encoder for much text, made once for all workers, and in a process that gives its memory back."""
-    with ProcessPoolExecutor(1, spawn, _leave_to_parent) as pool:
-        with _ctrl_c_not_inherited():
-            made = pool.submit(_hastened, encode)
-        return made.result()
-
-
-def _hastened(encode: Encoder) -> bytes:
+def _hastened(train_on: TrainOn, encode: Encoder) -> bytes:
+    """`_encoded` of an encoder for much text, pickled."""
     encode.hasten()
-    return pickle.dumps(encode)
+    return pickle.dumps(partial(_encoded, encode, train_on))
+
+
+@contextmanager
+def _processes(count: int, made: bytes) -> Iterator[Callable[[Any], Callable[[], Any]]]:
+    """`count` processes that call what is pickled in `made`: takes an argument and gives what waits for the result.
+
+    Each has a pipe of its own: where one is killed it ends with it, even in the middle of a result. (A queue that all
+    write to, as `concurrent.futures` has, waits for the rest of that result for ever.)
+    """
+    spawn = multiprocessing.get_context("spawn")
+    idle: SimpleQueue[Connection] = SimpleQueue()
+
+    def ask(argument: object) -> Any:
+        connection = idle.get()
+        try:
+            connection.send(argument)
+            result = connection.recv()
+        except (EOFError, OSError):
+            what = "a process that was tokenising has been killed, perhaps for want of memory"
+            raise MachineError(what, fix="Close other programs, or use fewer --workers.") from None
+        finally:
+            idle.put(connection)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    with ThreadPoolExecutor(count) as threads, ExitStack() as running:
+        with _ctrl_c_not_inherited():
+            for _ in range(count):
+                ours, theirs = spawn.Pipe()
+                process = spawn.Process(target=_serve, args=(theirs, made), daemon=True)
+                process.start()
+                running.callback(process.join)
+                running.callback(process.kill)
+                theirs.close()
+                idle.put(ours)
+        running.callback(threads.shutdown, wait=False, cancel_futures=True)
+        yield lambda argument: threads.submit(ask, argument).result
+
+
+def _serve(connection: Connection, made: bytes) -> None:
+    """Answer call after call, for as long as the parent lives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    answer = pickle.loads(made)
+    with suppress(EOFError, OSError):  # the parent has ended
+        while True:
+            argument = connection.recv()
+            try:
+                result = answer(argument)
+            except Exception as error:
+                result = error
+            connection.send(result)
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)
 
 
 @contextmanager
@@ -153,28 +196,3 @@ def _ctrl_c_not_inherited() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-_encode_batch: Callable[[list[Example]], _Result]
-
-
-def _begin(quick: bytes, train_on: TrainOn) -> None:
-    global _encode_batch
-    _leave_to_parent()
-    _encode_batch = partial(_encoded, pickle.loads(quick), train_on)
-
-
-def _leave_to_parent() -> None:
-    """In a new process: leave Ctrl-C to the parent, and end when it has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    os._exit(1)
-
-
-def _in_worker(batch: list[Example]) -> _Result:
-    return _encode_batch(batch)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from dying_worker import DiesInItsResult
 from test_text_tokenizer import TOKENIZER
 
 from gemwright.data.read import Example
-from gemwright.errors import InputError
+from gemwright.errors import InputError, MachineError
 from gemwright.spec import BOS
 from gemwright.text.chat import Message, TrainOn, encode_example
 from gemwright.train.batches import steps
@@ -129,6 +130,14 @@ def test_the_first_error_in_the_order_of_the_file_is_raised(workers: int) -> Non
     bad = Example(({"role": "user", "content": "a"}, {"role": "user", "content": "b"}), 5, Path("d.jsonl"))
     with pytest.raises(InputError, match=r"d\.jsonl:5: turn 2 has role 'user'"):
         [*tokenised(then_fail([*many(3), bad]), TOKENIZER.encode, "all", workers)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of Windows are written in one piece")
+def test_a_worker_that_dies_within_its_result_is_one_clear_error() -> None:
+    encode = DiesInItsResult.__new__(DiesInItsResult)
+    encode.__setstate__(TOKENIZER.encode.__getstate__())
+    with pytest.raises(MachineError, match="tokenising has been killed"):
+        [*tokenised(many(300), encode, "all", 2)]
 
 
 def test_steps_from_a_store_are_those_of_its_examples(tmp_path: Path) -> None:
