@@ -135,6 +135,8 @@ def _processes(count: int, made: bytes) -> Iterator[Callable[[Any], Callable[[],
     """
     spawn = multiprocessing.get_context("spawn")
     idle: SimpleQueue[Connection] = SimpleQueue()
+    what = "a process that was tokenising has been killed, perhaps for want of memory"
+    killed = MachineError(what, fix="Close other programs, or use fewer --workers.")
 
     def ask(argument: object) -> Any:
         connection = idle.get()
@@ -142,8 +144,7 @@ def _processes(count: int, made: bytes) -> Iterator[Callable[[Any], Callable[[],
             connection.send(argument)
             result = connection.recv()
         except (EOFError, OSError):
-            what = "a process that was tokenising has been killed, perhaps for want of memory"
-            raise MachineError(what, fix="Close other programs, or use fewer --workers.") from None
+            raise killed from None
         finally:
             idle.put(connection)
         if isinstance(result, Exception):
@@ -155,7 +156,10 @@ def _processes(count: int, made: bytes) -> Iterator[Callable[[Any], Callable[[],
             for _ in range(count):
                 ours, theirs = spawn.Pipe()
                 process = spawn.Process(target=_serve, args=(theirs, made), daemon=True)
-                process.start()
+                try:
+                    process.start()
+                except BrokenPipeError:
+                    raise killed from None
                 running.callback(process.join)
                 running.callback(process.kill)
                 theirs.close()
