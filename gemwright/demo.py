@@ -17,6 +17,7 @@ from gemwright.runs import RunFolder
 
 if TYPE_CHECKING:
     from gemwright.data.read import Example
+    from gemwright.data.store import Encoded
     from gemwright.train.loop import Progress, TuneResult
 
 MODEL = "270m"
@@ -68,7 +69,7 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
     if choose_device("auto").type == "cpu":
         progress.update("training", BEFORE_DONE, "measuring how fast this machine trains")
         half = TrainConfig(seq=SEQ // 2, tokens_per_step=SEQ // 2, **fixed)
-        steps, seq = _affordable(2 * measure_tune(half, 2).step_s)
+        steps, seq = _affordable(2 * measure_tune(half, 2, _row(model, SEQ // 2)).step_s)
     if seq < SEQ:
         progress.say(
             f"{steps} steps of {seq} tokens, not {STEPS} of {SEQ}, so that it takes minutes on this machine too"
@@ -84,6 +85,24 @@ def run_demo(out: Path, progress: Progressing, threads: int | None = None) -> tu
     run.end((run.summary() or {}) | summary)
     progress.update("done", 1.0)
     return summary, _examples(test, before, after)
+
+
+def _row(model: Path, tokens: int) -> list[Encoded]:
+    """The first examples to learn from, as many as fit into so many tokens: what they share is computed once."""
+    from gemwright.data.cldr import load_split
+    from gemwright.data.store import Encoded
+    from gemwright.text.chat import Message, encode_example
+    from gemwright.text.tokenizer import Tokenizer
+    from gemwright.weights.model_file import open_model
+
+    encode = Tokenizer.from_model(open_model(model)).encode
+    row = list[Encoded]()
+    for example in load_split("train"):
+        messages = [Message(turn["role"], turn["content"]) for turn in example.messages]
+        row.append(Encoded(*encode_example(messages, encode)))
+        if sum(len(document.ids) for document in row) > tokens:
+            break
+    return row[:-1]
 
 
 def _affordable(step_s: float) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,11 @@ class Measured:
     tokens_per_s: float
 
 
-def measure_tune(config: TrainConfig, steps: int = 3) -> Measured:
-    """Train `steps` steps (after some that are not counted) on random tokens; nothing is written."""
+def measure_tune(config: TrainConfig, steps: int = 3, documents: Sequence[Encoded] = ()) -> Measured:
+    """Train `steps` steps (after some that are not counted) on a row of `documents`, or on random tokens.
+
+    Nothing is written.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -40,7 +44,8 @@ def measure_tune(config: TrainConfig, steps: int = 3) -> Measured:
     use_expandable_segments()
     setup = set_up(config, file, device, choose_dtype(config.precision, device), CHAT_LABELLED)
     draw = torch.Generator().manual_seed(config.seed)
-    packed = [[_document(file.spec.vocab, config.seq, draw)] for _ in range(config.rows_per_step)]
+    drawn = [[_document(file.spec.vocab, config.seq, draw)] for _ in range(config.rows_per_step)]
+    packed = [documents] if documents else drawn
     optimizer, times, tokens = Optimizer(setup.lora, 0.0, 1.0), [], 0
     warm = WARM if setup.graphs else 1
     try:

@@ -12,6 +12,7 @@ from gemwright import demo
 from gemwright.data.cldr import load_split
 from gemwright.errors import InputError
 from gemwright.runs import RunFolder
+from gemwright.train.batches import shared
 from gemwright.train.loop import TuneResult
 
 
@@ -63,6 +64,12 @@ def test_a_new_or_empty_folder_is_fine(tmp_path: Path) -> None:
 def test_a_slow_machine_has_fewer_tokens(step_s: float, steps: int, seq: int) -> None:
     assert demo._affordable(step_s) == (steps, seq)
     assert steps == demo.FEWEST or steps * step_s * seq / demo.SEQ <= (demo.MOST_S if seq == demo.SEQ else demo.TRAIN_S)
+
+
+def test_the_measured_row_is_of_the_data_and_fits(real_model: Path) -> None:
+    row = demo._row(real_model, 512)
+    assert 450 < sum(len(document.ids) for document in row) <= 512
+    assert all(any(document.labelled) for document in row) and any(shared(row))
 
 
 def result(folder: Path) -> TuneResult:
