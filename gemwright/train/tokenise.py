@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any, NamedTuple
 
 from gemwright.data.read import Example
@@ -152,7 +153,7 @@ def _processes(count: int, made: bytes) -> Iterator[Callable[[Any], Callable[[],
         return result
 
     with ThreadPoolExecutor(count) as threads, ExitStack() as running:
-        with _ctrl_c_not_inherited():
+        with _ctrl_c_afterwards():
             for _ in range(count):
                 ours, theirs = spawn.Pipe()
                 process = spawn.Process(target=_serve, args=(theirs, made), daemon=True)
@@ -190,13 +191,20 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _ctrl_c_not_inherited() -> Iterator[None]:
-    """Processes started within leave Ctrl-C to this one, even while they start."""
-    if threading.current_thread() is not threading.main_thread():
+def _ctrl_c_afterwards() -> Iterator[None]:
+    """Ctrl-C takes effect when this ends; POSIX processes started within never get it, even while they start."""
+    heard: list[tuple[int, FrameType | None]] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    with ExitStack() as restored:
+        if in_main:
+            before = signal.signal(signal.SIGINT, lambda *call: heard.append(call))
+            restored.callback(signal.signal, signal.SIGINT, before)
+        if os.name == "posix":
+            from multiprocessing import resource_tracker
+
+            resource_tracker.ensure_running()  # or the first process started would start it, which unblocks Ctrl-C
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            restored.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    if heard and callable(before):
+        before(*heard[0])

@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, rng = tmp_path_factory.mktemp("data") / "large.jsonl", random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < LARGE_BYTES:
-            answer = " ".join(f"{rng.randrange(16**7):x}" for _ in range(300))
+            answer = rng.randbytes(1000).hex(" ", 4)
             file.write(json.dumps({"prompt": "go on", "completion": answer}) + "\n")
     return path
 
@@ -58,16 +58,16 @@ def start(data: Path, tiny_model: Path, tmp_path: Path) -> Iterator[Callable[...
         process.communicate()
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Its worker processes, once each has taken work."""
+def workers_of(process: subprocess.Popen[str], count: int = 3, busy_s: float = 0.6) -> list[psutil.Process]:
+    """Its worker processes, once there are so many and each has had so much of a processor."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         with suppress(psutil.Error):  # the process that makes their tokenizer ends before they start
             children = psutil.Process(process.pid).children()
             workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-            if len(workers) == 3 and all(worker.cpu_times().user > 0.6 for worker in workers):
+            if len(workers) == count and all(worker.cpu_times().user >= busy_s for worker in workers):
                 return workers
-        time.sleep(0.05)
+        time.sleep(0.01)
     raise AssertionError(process.communicate())
 
 
@@ -92,11 +92,14 @@ def test_a_killed_worker_is_one_clear_error(start: Callable[..., subprocess.Pope
     assert not left(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("count", "busy_s"), [(3, 0.6), (2, 0), (1, 0)], ids=["at work", "while they start", "as the first starts"]
+)
 def test_ctrl_c_ends_all_processes_and_leaves_nothing(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, count: int, busy_s: float
 ) -> None:
     process = start(preexec_fn=hear_ctrl_c)
-    workers = workers_of(process)
+    workers = workers_of(process, count, busy_s)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said.splitlines()[-1] == "interrupted" and "Traceback" not in said
