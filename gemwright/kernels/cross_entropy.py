@@ -17,6 +17,9 @@ from torch import Tensor
 from gemwright.kernels.products import product
 
 ROWS = 8192
+_FILL = 16
+# Of a position's probability, by the dtype of products: what bf16 rounds changes its gradient more than either.
+LEFT_OUT = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-10}
 LOG2_E = math.log2(math.e)
 
 
@@ -66,43 +69,42 @@ def linear_cross_entropy(
     rows: Callable[[int, int], Tensor],
     vocab: int,
     target_M: Tensor,
-    *,
-    gradient: bool = True,
     own: Callable[[Tensor], Tensor] | None = None,
+    *,
     chunk: int = ROWS,
     softmax: SoftmaxChunk = softmax_chunk,
+    left_out: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (nll [M] fp32 in nats, dh [M, D] fp32 = d(sum of nll)/dh, or None).
+    """Return (nll [M] fp32 in nats, and with `own` dh [M, D] fp32 = d(sum of nll)/dh, else None).
 
-    `rows(a, b)` gives head rows a..b as [b-a, D] in h's dtype, valid until the next call; `target_M` int64 in 0..vocab,
-    or negative where a position is ignored: its loss and gradient are zero. `own` gives the head rows of int64 ids,
-    which spares the search for them where a device must not be asked what it holds.
+    `rows(a, b)` gives head rows a..b as [b-a, D] in h's dtype, valid until the next call; `own` the rows of int64 ids;
+    `target_M` int64 in 0..vocab, or negative where a position is ignored: its loss and gradient are zero. `left_out`
+    is the share of a position's probability that its gradient may leave out: where a chunk holds next to nothing of
+    it, as most do once a model knows what it says, it is not multiplied (which a device would have to be asked for).
     """
     count, width = h_MD.shape
+    ignored = (target_M < 0).unsqueeze(1)
     running = Running.start(count, h_MD.device)
-    dh = torch.zeros(count, width, dtype=torch.float32, device=h_MD.device) if gradient else None
-    found = torch.zeros_like(dh) if dh is not None and own is None else None
+    if own is not None:
+        right_MD = own(target_M.clamp(min=0)).to(h_MD.dtype)
+        dh = torch.zeros(count, width, dtype=torch.float32, device=h_MD.device)
+        most = _Skipping(left_out / vocab, h_MD, right_MD, ignored) if left_out else None
     for start in range(0, vocab, chunk):
         stop = min(start + chunk, vocab)
         head = rows(start, stop)
         logits = product(h_MD, head)
         softmax(logits, target_M, start, running)
-        if dh is not None:
-            _accumulate(dh.mul_(running.shrink), logits, head)
-        if found is not None:
-            here = ((target_M >= start) & (target_M < stop)).nonzero().squeeze(1)
-            found[here] = head[target_M[here] - start].float()
+        if own is not None:
+            dh.mul_(running.shrink)
+            if most is None:
+                _accumulate(dh, logits, head)
+            else:
+                most.accumulate(dh, logits, head, stop, running)
         del logits  # before the next, which takes as much
-    ignored = (target_M < 0).unsqueeze(1)
     nll = (running.total.log() + running.top - running.right).masked_fill_(ignored, 0).squeeze(1)
-    if dh is None:
+    if own is None:
         return nll, None
-    dh.div_(running.total)
-    if found is not None:
-        dh.sub_(found)
-    elif own is not None:
-        dh.sub_(own(target_M.clamp(min=0)))
-    return nll, dh.masked_fill_(ignored, 0)
+    return nll, dh.div_(running.total).sub_(right_MD).masked_fill_(ignored, 0)
 
 
 def _accumulate(dh: Tensor, weight: Tensor, head: Tensor) -> None:
@@ -111,3 +113,27 @@ def _accumulate(dh: Tensor, weight: Tensor, head: Tensor) -> None:
         torch.addmm(dh, weight, head, out_dtype=torch.float32, out=dh)
     else:
         dh.add_(torch.mm(weight, head))
+
+
+class _Skipping:
+    """`_accumulate` for those positions to which a chunk still matters, `missing` being what the others leave out."""
+
+    def __init__(self, left_out: float, h: Tensor, right: Tensor, ignored: Tensor) -> None:
+        self.left_out = left_out  # a row of the head
+        self.missing = torch.zeros_like(ignored, dtype=torch.float32)
+        # A position's probabilities sum to at least exp of its target's logit, which comes with any chunk.
+        self.least = torch.linalg.vecdot(h.float(), right.float()).unsqueeze(1).masked_fill_(ignored, torch.inf)
+
+    def accumulate(self, dh: Tensor, weight: Tensor, head: Tensor, stop: int, running: Running) -> None:
+        """Of the chunk that ends with row `stop`."""
+        total = torch.maximum(running.total, (self.least - running.top).exp_())
+        self.missing.mul_(running.shrink)
+        would = self.missing + weight.sum(-1, keepdim=True, dtype=torch.float32)
+        order = (would - total * (self.left_out * stop)).squeeze(1).sort(descending=True)
+        count = -(-int((order.values > 0).sum()) // _FILL) * _FILL  # few different sizes of products
+        if count >= len(dh):
+            return _accumulate(dh, weight, head)
+        rest, order = order.indices[count:], order.indices[:count]
+        self.missing[rest] = would[rest]
+        if count:
+            dh.index_add_(0, order, torch.mm(weight[order], head).float())

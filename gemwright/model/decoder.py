@@ -123,5 +123,5 @@ class Gemma:
         """Natural log-probability of each of ids[1:] given its prefix, fp32 [len(ids) - 1]."""
         h = self.hidden(ids)[:-1]
         target = torch.tensor(ids[1:])
-        nll, _ = linear_cross_entropy(h, self.residency.head_rows, self.residency.vocab, target, gradient=False)
+        nll, _ = linear_cross_entropy(h, self.residency.head_rows, self.residency.vocab, target)
         return -nll

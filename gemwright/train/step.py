@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemwright.kernels.cross_entropy import ROWS, linear_cross_entropy
+from gemwright.kernels.cross_entropy import LEFT_OUT, ROWS, linear_cross_entropy
 from gemwright.kernels.dispatch import rms_norm, rms_norm_backward, softmax_chunk
 from gemwright.layout import FEW, Keep
 from gemwright.model.activations import Activations, OnDevice
@@ -156,7 +156,6 @@ def forward_loss(model: Gemma, rows: Sequence[Row], work: Work = DEFAULT) -> Ste
                 residency.head_rows,
                 residency.vocab,
                 target,
-                gradient=False,
                 chunk=work.head_rows,
                 softmax=softmax_chunk,
             )
@@ -173,12 +172,19 @@ def _head(model: Gemma, x_MD: Tensor, target_M: Tensor, weight: float | Tensor, 
     """The gradient of `weight` times a row's summed loss with respect to x [M, D]; the sum is added to `nll`."""
     residency, eps = model.residency, model.spec.norm_eps
     gradient = torch.empty_like(x_MD)
-    own = None if x_MD.device.type == "cpu" else residency.own_rows
+    left_out = LEFT_OUT[x_MD.dtype] if x_MD.device.type == "cpu" else 0.0
     pieces = (torch.split(x, work.positions) for x in (x_MD, target_M, gradient))
     for x, target, dx in zip(*pieces, strict=True):
         h, rstd = rms_norm(x, residency.final_norm, eps)
         each, dh = linear_cross_entropy(
-            h, residency.head_rows, residency.vocab, target, own=own, chunk=work.head_rows, softmax=softmax_chunk
+            h,
+            residency.head_rows,
+            residency.vocab,
+            target,
+            residency.own_rows,
+            chunk=work.head_rows,
+            softmax=softmax_chunk,
+            left_out=left_out,
         )
         if dh is None:
             raise RuntimeError("the head gave no gradient")

@@ -168,7 +168,7 @@ def test_cross_entropy_through_chunks() -> None:
     h, head = randn(9, 32, seed=1), randn(507, 32, seed=2)
     target = torch.tensor([0, 122, 123, 245, 246, 506, -100, 9, -1])
     ours, plain = (
-        linear_cross_entropy(h, lambda a, b: head[a:b], 507, target, chunk=123, softmax=softmax)
+        linear_cross_entropy(h, lambda a, b: head[a:b], 507, target, head.__getitem__, chunk=123, softmax=softmax)
         for softmax in (triton_ops.softmax_chunk, softmax_chunk)
     )
     for mine, theirs in zip(ours, plain, strict=True):

@@ -344,7 +344,7 @@ def test_every_query_is_planned_once_and_sees_only_its_own_past(lengths: list[in
 def check_cross_entropy(count: int, width: int, vocab: int, dtype: torch.dtype, scale: float = 1.0) -> None:
     h, head = randn(count, width, seed=1, dtype=dtype, scale=scale), randn(vocab, width, seed=2, dtype=dtype)
     target = torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(3))
-    nll, dh = linear_cross_entropy(h, lambda a, b: head[a:b], vocab, target)
+    nll, dh = linear_cross_entropy(h, lambda a, b: head[a:b], vocab, target, head.__getitem__)
     assert dh is not None and nll.dtype == dh.dtype == torch.float32
 
     def run(h: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ def check_cross_entropy(count: int, width: int, vocab: int, dtype: torch.dtype, 
         return F.cross_entropy(logits if h.dtype == torch.float64 else logits.float(), target, reduction="none")
 
     assert_no_worse((nll, dh), run, torch.ones(count), (h,))
-    only, nothing = linear_cross_entropy(h, lambda a, b: head[a:b], vocab, target, gradient=False)
+    only, nothing = linear_cross_entropy(h, lambda a, b: head[a:b], vocab, target)
     assert torch.equal(only, nll) and nothing is None
 
 
@@ -371,7 +371,7 @@ def test_linear_cross_entropy_of_extreme_logits(order: int) -> None:
     logits = torch.linspace(-1e4, 1e4, vocab) * order
     h, head = torch.eye(2, dtype=torch.float32), torch.stack([logits, -logits], dim=1).contiguous()
     target = torch.tensor([5, vocab - 3])
-    nll, dh = linear_cross_entropy(h, lambda a, b: head[a:b], vocab, target)
+    nll, dh = linear_cross_entropy(h, lambda a, b: head[a:b], vocab, target, head.__getitem__)
     exact = F.cross_entropy((h.double() @ head.double().t()), target, reduction="none")
     weights = torch.softmax(h.double() @ head.double().t(), -1)
     exact_dh = weights @ head.double() - head[target].double()
@@ -384,8 +384,41 @@ def test_linear_cross_entropy_of_one_certain_position() -> None:
     vocab = ROWS + 123
     head = torch.zeros(vocab, 3)
     head[vocab - 1] = 1e4
-    nll, dh = linear_cross_entropy(torch.ones(1, 3), lambda a, b: head[a:b], vocab, torch.tensor([vocab - 1]))
+    h, target = torch.ones(1, 3), torch.tensor([vocab - 1])
+    nll, dh = linear_cross_entropy(h, lambda a, b: head[a:b], vocab, target, head.__getitem__)
     assert dh is not None and nll.tolist() == [0.0] and not dh.any()
+
+
+def test_a_certain_position_gets_no_gradient_from_what_its_own_row_lost_in_rounding() -> None:
+    head, h = randn(507, 32, seed=1), torch.zeros(1, 32, dtype=torch.bfloat16)
+    h[0] = 100 * head[9]
+    _, dh = linear_cross_entropy(h, lambda a, b: head[a:b].bfloat16(), 507, torch.tensor([9]), head.__getitem__)
+    assert dh is not None and not dh.any()
+
+
+@pytest.mark.parametrize("left_out", [2.0**-4, 2.0**-10, 2.0**-16])
+@pytest.mark.parametrize("order", [1, -1], ids=["likely tokens first", "likely tokens last"])
+@DTYPES
+def test_what_a_gradient_leaves_out_keeps_to_its_bound(left_out: float, order: int, dtype: torch.dtype) -> None:
+    """Every share of the probability lies alone in a direction of its own, a chunk of four rows each."""
+    count, chunks, chunk = 64, 40, 4
+    head = torch.eye(chunks, dtype=dtype).repeat_interleave(chunk, 0)
+    # Positions more and less sure of what comes; some not asked for anything.
+    h = (order * torch.linspace(12, -12, chunks) * torch.linspace(0, 1.5, count)[:, None]).to(dtype)
+    target = torch.randint(0, len(head), (count,), generator=torch.Generator().manual_seed(1))
+    target[::9] = -1
+    (nll, exact), (same, dh) = (
+        linear_cross_entropy(
+            h, lambda a, b: head[a:b], len(head), target, head.__getitem__, chunk=chunk, left_out=share
+        )
+        for share in (0.0, left_out)
+    )
+    assert dh is not None and exact is not None and torch.equal(nll, same)
+    missing = (exact - dh).abs().sum(1)
+    rounding = 1e-6 if dtype == torch.float32 else 4e-3
+    assert missing.max() < left_out + rounding
+    assert left_out < 2.0**-4 or missing.max() > 1e-3, "nothing was left out"
+    assert not dh[::9].any()
 
 
 def test_linear_cross_entropy_reads_each_row_once() -> None:
@@ -403,10 +436,10 @@ def test_ignored_positions_have_no_loss_and_no_gradient() -> None:
     torch.manual_seed(0)
     head, h = torch.randn(507, 32), torch.randn(7, 32)
     target = torch.tensor([3, -100, 506, 0, -100, 9, 250])
-    nll, dh = linear_cross_entropy(h, lambda a, b: head[a:b], 507, target)
+    nll, dh = linear_cross_entropy(h, lambda a, b: head[a:b], 507, target, head.__getitem__)
     assert dh is not None
     kept = target >= 0
-    alone, d_alone = linear_cross_entropy(h[kept], lambda a, b: head[a:b], 507, target[kept])
+    alone, d_alone = linear_cross_entropy(h[kept], lambda a, b: head[a:b], 507, target[kept], head.__getitem__)
     assert d_alone is not None
     torch.testing.assert_close(nll[kept], alone)
     torch.testing.assert_close(dh[kept], d_alone)
