@@ -85,10 +85,10 @@ def linear_cross_entropy(
     count, width = h_MD.shape
     ignored = (target_M < 0).unsqueeze(1)
     running = Running.start(count, h_MD.device)
+    right = target_M.clamp(min=0)
     if own is not None:
-        right_MD = own(target_M.clamp(min=0)).to(h_MD.dtype)
         dh = torch.zeros(count, width, dtype=torch.float32, device=h_MD.device)
-        most = _Skipping(left_out / vocab, h_MD, right_MD, ignored) if left_out else None
+        skipping = _Skipping(left_out / vocab, h_MD, own(right), ignored) if left_out else None
     for start in range(0, vocab, chunk):
         stop = min(start + chunk, vocab)
         head = rows(start, stop)
@@ -96,15 +96,16 @@ def linear_cross_entropy(
         softmax(logits, target_M, start, running)
         if own is not None:
             dh.mul_(running.shrink)
-            if most is None:
+            if skipping is None:
                 _accumulate(dh, logits, head)
             else:
-                most.accumulate(dh, logits, head, stop, running)
+                skipping.accumulate(dh, logits, head, stop, running)
         del logits  # before the next, which takes as much
     nll = (running.total.log() + running.top - running.right).masked_fill_(ignored, 0).squeeze(1)
     if own is None:
         return nll, None
-    return nll, dh.div_(running.total).sub_(right_MD).masked_fill_(ignored, 0)
+    # Rounded as `rows` are: a certain position's own row and its share of all cancel.
+    return nll, dh.div_(running.total).sub_(own(right).to(h_MD.dtype)).masked_fill_(ignored, 0)
 
 
 def _accumulate(dh: Tensor, weight: Tensor, head: Tensor) -> None:
@@ -129,11 +130,11 @@ class _Skipping:
         total = torch.maximum(running.total, (self.least - running.top).exp_())
         self.missing.mul_(running.shrink)
         would = self.missing + weight.sum(-1, keepdim=True, dtype=torch.float32)
-        order = (would - total * (self.left_out * stop)).squeeze(1).sort(descending=True)
-        count = -(-int((order.values > 0).sum()) // _FILL) * _FILL  # few different sizes of products
+        excess, order = (would - total * (self.left_out * stop)).squeeze(1).sort(descending=True, stable=True)
+        count = -(-int((excess > 0).sum()) // _FILL) * _FILL  # few different sizes of products
         if count >= len(dh):
             return _accumulate(dh, weight, head)
-        rest, order = order.indices[count:], order.indices[:count]
+        rest, order = order[count:], order[:count]
         self.missing[rest] = would[rest]
         if count:
             dh.index_add_(0, order, torch.mm(weight[order], head).float())
