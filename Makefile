@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-TESTS ?= -n 2
+# A file's tests in one process: what they share is made once.
+TESTS ?= -n 2 --dist loadfile
 
 .PHONY: demo test check
 

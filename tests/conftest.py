@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -40,17 +41,31 @@ def real_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random seven-layer GGUF (the sixth layer is the first global one) with the real tokenizer and vocabulary."""
+    """A random seven-layer GGUF (the sixth layer is the first global one) with an eighth of the real vocabulary.
+
+    Reading all of it would be most of what a small run takes.
+    """
     import dataclasses
 
     from gemwright.spec import SPECS
-    from gemwright.weights.gguf_reader import open_gguf
+    from gemwright.weights.gguf_reader import Metadata, open_gguf
     from gemwright.weights.random_model import write_random_gguf
 
+    # The first tokens, control tokens and bytes among them, and the commonest characters.
+    kept = [*range(28_672), *range(236_740, 240_836)]
+
+    class Eighth(Metadata):
+        def __getitem__(self, key: str) -> Any:
+            value = super().__getitem__(key)
+            if not key.startswith("tokenizer.ggml.") or not hasattr(value, "__len__") or len(value) != 262_144:
+                return value
+            return [value[i] for i in kept] if isinstance(value, list) else value[kept]
+
     small = {"layers": 7, "hidden": 64, "mlp": 128, "heads": 2, "kv_heads": 1, "head_dim": 32, "query_scalar": 32}
-    spec = dataclasses.replace(SPECS["270m"], name="tiny", **small)
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_random_gguf(path, spec, qtype="Q8_0", seed=0, tokenizer_from=open_gguf(real_model))
+    spec = dataclasses.replace(SPECS["270m"], name="tiny", vocab=len(kept), **small)
+    path, real = tmp_path_factory.mktemp("tiny") / "tiny.gguf", open_gguf(real_model)
+    vocabulary = dataclasses.replace(real, metadata=Eighth(real.metadata._file, real.metadata._values))
+    write_random_gguf(path, spec, qtype="Q8_0", seed=0, tokenizer_from=vocabulary)
     return path
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from gemwright.model.lora import LoRA
 
@@ -31,10 +32,9 @@ class Optimizer:
     """Updates `lora.master` from `lora.grad`. Source: Loshchilov and Hutter 2019 (arXiv 1711.05101)."""
 
     def __init__(self, lora: LoRA, weight_decay: float, clip: float) -> None:
-        self._lora, self._clip = lora, clip
-        self._adamw = torch.optim.AdamW([lora.master], lr=0.0, weight_decay=weight_decay, fused=True)
+        self._lora, self._weight_decay, self._clip = lora, weight_decay, clip
         # Made here and not by the first update, so that no update has memory to run out of.
-        self._state = self._adamw.state[lora.master] = {
+        self._state = {
             "step": torch.zeros((), dtype=torch.float32, device=lora.master.device),
             "exp_avg": torch.zeros_like(lora.master),
             "exp_avg_sq": torch.zeros_like(lora.master),
@@ -52,9 +52,7 @@ class Optimizer:
         if math.isfinite(norm) and math.isfinite(loss):
             if norm > self._clip:
                 lora.grad.mul_(self._clip / norm)
-            self._adamw.param_groups[0]["lr"] = rate
-            lora.master.grad = lora.grad
-            self._adamw.step()
+            self._adamw(rate)
             lora.refresh()
             self._updates += 1
             self.skipped_in_a_row = 0
@@ -62,6 +60,26 @@ class Optimizer:
             self.skipped_in_a_row += 1
         lora.grad.zero_()
         return norm
+
+    def _adamw(self, rate: float) -> None:
+        """PyTorch's fused update as a function: making its optimizer object imports all of its compiler, for seconds."""
+        state = self._state
+        adamw(
+            [self._lora.master],
+            [self._lora.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=rate,
+            weight_decay=self._weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
     @property
     def is_intact(self) -> bool:

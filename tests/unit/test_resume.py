@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gemwright.errors import InputError, MachineError
 from gemwright.runs import RunFolder
+from gemwright.train import optimizer, plot
 from gemwright.train.checkpoint import Checkpoints
 from gemwright.train.config import TrainConfig
 from gemwright.train.loop import Progress, resume, tune
@@ -39,6 +39,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Config = Callable[..., TrainConfig]
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is half of what so small a run takes."""
+    monkeypatch.setattr(plot, "draw_run", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -313,15 +319,15 @@ def test_memory_that_ran_out_loses_nothing(
 def test_an_update_that_was_broken_off_is_not_saved(
     config: Config, whole: TuneResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, real = iter(range(1, 99)), torch.optim.AdamW.step
+    calls, real = iter(range(1, 99)), optimizer.adamw
 
-    def failing(self: torch.optim.AdamW) -> None:
-        real(self)
+    def failing(*state: Any, **settings: Any) -> None:
+        real(*state, **settings)
         if next(calls) == 6:
             raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(torch.optim.AdamW, "step", failing)
+        patched.setattr(optimizer, "adamw", failing)
         with pytest.raises(MachineError, match="memory ran out; what is saved is step 4"):
             tune(config(save_every=2))
     run = RunFolder.open(config().out)
