@@ -62,7 +62,7 @@ class Optimizer:
         return norm
 
     def _adamw(self, rate: float) -> None:
-        """PyTorch's fused update as a function: making its optimizer object imports all of its compiler, for seconds."""
+        """PyTorch's fused update as a function: its optimizer object imports PyTorch's compiler, for seconds."""
         state = self._state
         adamw(
             [self._lora.master],
