@@ -41,6 +41,15 @@ def run_folder(gemwright: Run, tiny_model: Path, tmp_path_factory: pytest.TempPa
     return folder / "run"
 
 
+def test_tune_does_without_pytorchs_compiler(gemwright: Run, tiny_model: Path, tmp_path: Path) -> None:
+    """Importing it takes as long again as PyTorch."""
+    (tmp_path / "data.jsonl").write_text(CHAT * 8, encoding="utf-8")
+    words = ("tune", tmp_path / "data.jsonl", "--model", tiny_model, "--out", tmp_path / "run", "--max-steps", 1)
+    done = gemwright(*words, "--holdout", 2, PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0 and "torch.optim.adamw" in done.stderr
+    assert "torch._dynamo" not in done.stderr and "sympy" not in done.stderr
+
+
 def test_tune_with_every_adapter_and_schedule_setting(gemwright: Run, tiny_model: Path, tmp_path: Path) -> None:
     """DoRA has no GGUF, says so, and runs in our engine alone."""
     (tmp_path / "data.jsonl").write_text(CHAT * 8, encoding="utf-8")
