@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path(os.environ.get("GEMWRIGHT_HOME", ROOT / ".cache" / "gemwright"))
@@ -18,6 +19,9 @@ HOME = Path(os.environ.get("GEMWRIGHT_HOME", ROOT / ".cache" / "gemwright"))
 # Set before torch is imported, and inherited by the child processes that tests start.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", GEMWRIGHT_HOME=str(HOME))
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A shared machine may take any time for an example.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gemwright.kernels.products import product
+from gemwright.layout import FILL_STEP, rounded
 
 ROWS = 8192
-_FILL = 16
 # Of a position's probability, by the dtype of products: what bf16 rounds changes its gradient more than either.
 LEFT_OUT = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-10}
 LOG2_E = math.log2(math.e)
@@ -120,7 +120,7 @@ class _Skipping:
     """`_accumulate` for those positions to which a chunk still matters, `missing` being what the others leave out."""
 
     def __init__(self, left_out: float, h: Tensor, right: Tensor, ignored: Tensor) -> None:
-        self.left_out = left_out  # a row of the head
+        self.left_out = left_out  # for each row of the head
         self.missing = torch.zeros_like(ignored, dtype=torch.float32)
         # A position's probabilities sum to at least exp of its target's logit, which comes with any chunk.
         self.least = torch.linalg.vecdot(h.float(), right.float()).unsqueeze(1).masked_fill_(ignored, torch.inf)
@@ -131,7 +131,7 @@ class _Skipping:
         self.missing.mul_(running.shrink)
         would = self.missing + weight.sum(-1, keepdim=True, dtype=torch.float32)
         excess, order = (would - total * (self.left_out * stop)).squeeze(1).sort(descending=True, stable=True)
-        count = -(-int((excess > 0).sum()) // _FILL) * _FILL  # few different sizes of products
+        count = rounded(int((excess > 0).sum()), FILL_STEP)
         if count >= len(dh):
             return _accumulate(dh, weight, head)
         rest, order = order[count:], order[:count]

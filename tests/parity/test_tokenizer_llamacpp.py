@@ -143,7 +143,7 @@ def test_runs_of_unusual_text(tokenizer: Tokenizer, llamacpp: Tokenize) -> None:
     assert_same(tokenizer, llamacpp, texts)
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text() | st.lists(st.sampled_from(UNUSUAL) | st.characters(codec="utf-8")).map("".join))
 def test_any_text(tokenizer: Tokenizer, llamacpp: Tokenize, text: str) -> None:
     assert tokenizer.encode(text) == llamacpp(text)

@@ -23,7 +23,6 @@ def examples(lengths: list[int]) -> list[Encoded]:
     return [Encoded([BOS, *range(10, 9 + n)], [False, *[True] * (n - 1)]) for n in lengths]
 
 
-@settings(deadline=None)
 @given(Lengths, st.integers(0, 2**31 - 1), st.integers(0, 5))
 def test_every_example_once_in_rows_that_fit(lengths: list[int], seed: int, epoch: int) -> None:
     rows = pack(examples(lengths), SEQ, seed, epoch)
@@ -54,7 +53,7 @@ def best_fit(lengths: list[int], seq: int, seed: int, epoch: int) -> list[list[i
     return closed + sorted(opened, key=used, reverse=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, SEQ), max_size=300), st.integers(0, 99), st.integers(0, 3))
 def test_packing_is_best_fit(lengths: list[int], seed: int, epoch: int) -> None:
     assert [*pack(examples(lengths), SEQ, seed, epoch)] == best_fit(lengths, SEQ, seed, epoch)
@@ -66,14 +65,13 @@ def test_another_seed_or_epoch_is_another_order() -> None:
     assert all(one != other for one, other in itertools.combinations(orders, 2))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(5, 40), min_size=100, max_size=200), st.integers(0, 9))
 def test_rows_are_nearly_full(lengths: list[int], seed: int) -> None:
     rows = pack(examples(lengths), 200, seed, 0)
     assert len(rows) <= 1.1 * sum(lengths) / 200 + 2
 
 
-@settings(deadline=None)
 @given(Lengths, st.integers(1, 9), st.integers(0, 99), st.integers(0, 3))
 def test_without_packing_steps_are_of_like_length(lengths: list[int], rows: int, seed: int, epoch: int) -> None:
     order = [*bucket(examples(lengths), rows, seed, epoch)]
@@ -94,7 +92,6 @@ def test_without_packing_short_and_long_steps_take_turns() -> None:
     assert first[0] != sorted(first[0]) and first[0] != first[1]
 
 
-@settings(deadline=None)
 @given(Documents)
 def test_labels_never_cross_documents(flags: list[list[bool]]) -> None:
     documents = [Encoded([1000 * d + i for i in range(len(own))], own) for d, own in enumerate(flags)]
@@ -107,7 +104,6 @@ def test_labels_never_cross_documents(flags: list[list[bool]]) -> None:
     assert all(before // 1000 == target // 1000 for before, target in learned)
 
 
-@settings(deadline=None)
 @given(Documents)
 def test_rows_and_labels_are_filled_up_without_effect(flags: list[list[bool]]) -> None:
     documents = [Encoded([7] * len(own), own) for own in flags]
@@ -122,7 +118,6 @@ def row_count(documents: list[Encoded]) -> int:
     return sum(d.inputs - len(past) for d, past in zip(documents, shared(documents), strict=True))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=9), st.integers(0, 9)), min_size=1, max_size=9)
 )
@@ -170,7 +165,7 @@ def test_positions_begin_anew_in_each_document() -> None:
         assert torch.equal(mine, right)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(Lengths, st.integers(1, 5), st.integers(0, 9), st.integers(0, 40), st.booleans())
 def test_steps_go_on_from_anywhere(lengths: list[int], rows: int, seed: int, first: int, packing: bool) -> None:
     made = examples(lengths)
@@ -178,7 +173,7 @@ def test_steps_go_on_from_anywhere(lengths: list[int], rows: int, seed: int, fir
     assert list(whole) == list(itertools.islice(steps(made, SEQ, rows, seed, first, packing), 5))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(Lengths, st.integers(1, 5), st.integers(0, 99), st.booleans())
 def test_steps_go_through_whole_epochs(lengths: list[int], rows_per_step: int, seed: int, packing: bool) -> None:
     made = [Encoded([BOS, 100 + i, *[7] * (n - 1)], [False] + [True] * n) for i, n in enumerate(lengths)]

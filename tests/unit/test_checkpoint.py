@@ -60,7 +60,7 @@ def test_no_pickle_and_every_byte_under_the_manifest(tmp_path: Path) -> None:
         assert entry["bytes"] == (checkpoints.path(3) / name).stat().st_size and len(entry["sha256"]) == 64
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(FILES), st.data())
 def test_any_damage_is_seen(tmp_path: Path, name: str, data: st.DataObject) -> None:
     """A bit flipped or an end cut off anywhere: read as it was (a manifest has spare blanks) or passed over."""

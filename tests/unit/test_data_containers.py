@@ -22,7 +22,7 @@ TEXTS = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and "\
 
 
 @given(st.lists(st.fixed_dictionaries({"prompt": TEXTS, "completion": TEXTS}), min_size=1, max_size=5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_same_rows_in_every_container(tmp_path_factory: pytest.TempPathFactory, rows: Rows) -> None:
     folder = tmp_path_factory.getbasetemp()
     expected = [[row["prompt"], row["completion"]] for row in rows]

@@ -26,7 +26,7 @@ def written(path: Path, *rows: Any) -> Path:
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_what_is_written_reads_the_same(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]) -> None:
     folder = tmp_path_factory.getbasetemp()
     source = written(folder / "in.jsonl", *({"instruction": a, "input": "", "output": b} for a, b in pairs))

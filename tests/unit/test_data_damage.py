@@ -22,7 +22,7 @@ WHOLE = {name: pack(ROWS) for name, pack in CONTAINERS.items()}
 
 
 @given(st.sampled_from(sorted(WHOLE)), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_damage_ends_in_rows_or_a_finding(tmp_path_factory: pytest.TempPathFactory, name: str, data: Any) -> None:
     """Bytes changed, cut off, doubled or put in: each row is kept or has a fault, and what ends a file is one too."""
     content = bytearray(WHOLE[name])

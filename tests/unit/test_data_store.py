@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("stores")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(Tokens.map(example), max_size=12), st.integers(1, 5))
 def test_what_is_written_comes_back(place: Path, examples: list[Encoded], batch: int) -> None:
     stored = write(place / "a", examples, batch)
@@ -59,7 +59,7 @@ def test_examples_are_read_when_asked_for(place: Path) -> None:
     assert isinstance(stored._words, np.memmap) and stored[49].ids == [7] * 1000
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_every_flipped_bit_and_every_cut_is_noticed(place: Path, data: st.DataObject) -> None:
     stored = write(place / "c", [Encoded([1, 2, 3], [False, True, True]), Encoded([4], [True])])

@@ -200,7 +200,7 @@ def check_attention(
     assert_no_worse(ours, plain_attention(lengths, window, images), dy, (q, k, v), extra)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=9),
     window=st.none() | st.integers(1, 80),
@@ -237,7 +237,7 @@ def test_attention_of_images_across_the_edges_of_blocks(window: int | None) -> N
     check_attention([90, 700, 5], window, 4, 2, 12, images=images)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 600), min_size=1, max_size=4),
     window=st.none() | st.integers(1, 400),
@@ -260,7 +260,7 @@ def images_in(draw: st.DrawFn, lengths: Sequence[int]) -> Images:
     return images
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=2, max_size=6),
     window=st.none() | st.integers(1, 300),
@@ -281,7 +281,7 @@ def test_a_document_does_not_notice_its_neighbours(lengths: list[int], window: i
         torch.testing.assert_close(one[own], other, rtol=1e-5, atol=2e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     begun=st.lists(st.integers(0, 300), min_size=1, max_size=4),
     lengths=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 400), st.integers(1, 300)), min_size=1, max_size=6),

@@ -117,7 +117,7 @@ def test_a_server_without_ranges_or_out_of_reach_is_an_error(small: Path, server
         weigh("http://127.0.0.1:9/model.gguf")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 3000), byte=st.integers(0, 255), cut=st.none() | st.integers(0, 3000))
 def test_a_damaged_header_is_weighed_or_refused_in_one_line(
     small: Path, tmp_path: Path, at: int, byte: int, cut: int | None

@@ -41,7 +41,7 @@ def test_more_video_memory_is_never_slower(size: str) -> None:
     assert speeds == sorted(speeds) and layers == sorted(layers)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=st.sampled_from(sorted(SPECS)), context=st.integers(1, 32_768), gib=st.integers(1, 64))
 def test_a_plan_fits_or_says_what_it_needs(size: str, context: int, gib: int) -> None:
     host = Place(35e9, 900e9, gib * GIB)

@@ -53,7 +53,7 @@ def test_long_rows_fit_eight_gib(size: str, seq: int) -> None:
     assert plan.chunk < seq and plan.predicted_bytes <= 8 * GIB
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size=st.sampled_from(sorted(SPECS)),
     rows=st.integers(1, 16),
@@ -75,7 +75,7 @@ def test_no_arrangement_exceeds_its_budget_and_more_is_never_slower(
     assert roomier.step_s <= plan.step_s * 1.01
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=st.sampled_from(sorted(SPECS)), rows=st.integers(1, 8), budget=st.integers(5, 30))
 def test_a_plan_fits_the_smallest_budget_under_which_it_may_be_chosen(size: str, rows: int, budget: int) -> None:
     asked = job(size, rows, 1024)

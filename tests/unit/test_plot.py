@@ -28,7 +28,7 @@ def test_any_number_of_steps_is_drawn(tmp_path: Path, count: int, loss: float) -
 
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), max_size=5000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_thinning_keeps_the_extremes(values: list[float]) -> None:
     steps = list(range(len(values)))
     x, y = thinned(steps, values)

@@ -194,7 +194,7 @@ def plain(rig: Rig) -> dict[str, Any]:
 
 
 @given(rigs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_written_is_read_back(rig: Rig) -> None:
     again = parse_rig(rig_toml(rig), "file")
     assert plain(again) == pytest.approx(plain(rig), rel=1e-12)
@@ -211,7 +211,7 @@ tables = st.dictionaries(
 
 
 @given(st.text() | tables.map(lambda t: "\n".join(_toml(t))))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_is_a_rig_or_one_line(text: str) -> None:
     try:
         parse_rig(text, "file")
@@ -230,7 +230,7 @@ def _toml(said: dict[str, Any]) -> list[str]:
 
 
 @given(st.integers(0, len(SEED) - 1), st.characters(codec="utf-8"))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_one_wrong_character_is_a_rig_or_one_line(at: int, letter: str) -> None:
     try:
         parse_rig(SEED[:at] + letter + SEED[at + 1 :], "file")

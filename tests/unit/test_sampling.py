@@ -60,7 +60,7 @@ def draws(logits: torch.Tensor, seen: list[int], choice: Sampling, count: int) -
     return Counter(choose(logits, seen, choice, rng) for _ in range(count))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     logits=st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True),
     seen=st.lists(st.integers(0, 1), max_size=3),

@@ -108,7 +108,6 @@ def hastened(encode: Encoder) -> Encoder:
 QUICK = hastened(TOKENIZER.encode)
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="ab \n<>td/hel1п漢▁é") | st.text())
 def test_ids_are_those_of_the_plain_rule_however_much_was_encoded_before(text: str) -> None:
     assert QUICK(text) == TOKENIZER.encode(text) == merged(text)
@@ -124,7 +123,7 @@ def vocabularies(draw: st.DrawFn) -> tuple[list[str], list[str], list[str]]:
     return [sign for sign in signs if sign not in defined], defined, longer
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(vocabularies(), st.data())
 def test_both_ways_give_the_same_ids_for_any_vocabulary(
     vocabulary: tuple[list[str], list[str], list[str]], data: st.DataObject

@@ -30,7 +30,7 @@ def noisy(rng: random.Random, count: int, times: float = 1.0, jitter: float = 0.
 
 
 @given(st.integers(0, 2**32), st.floats(1.0, 50.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_noise_is_no_alarm(seed: int, first: float) -> None:
     """300 steps with 30% of lognormal jitter, a long first step, and single steps of ten times as long."""
     rng, said = random.Random(seed), list[str]()
@@ -42,7 +42,7 @@ def test_noise_is_no_alarm(seed: int, first: float) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(10, 200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_five_fold_is_warned_of_within_ten_steps_and_once(seed: int, calm: int) -> None:
     rng, said = random.Random(seed), list[str]()
     watch = Watch(lambda: CALM, said.append)
