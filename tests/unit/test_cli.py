@@ -41,20 +41,12 @@ def test_help_of_a_verb_has_an_example(gemwright: Run, verb: str) -> None:
     assert "--json" in done.stdout
 
 
-def test_help_starts_at_once(gemwright: Run) -> None:
-    """Under 0.3 s is the promise; a shared machine gets three tries."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        gemwright("--help")
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3
-
-
-def test_help_imports_no_torch() -> None:
-    code = "import sys, gemwright.cli; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_help_imports_little(gemwright: Run) -> None:
+    """Imports are what its 0.3 s go to; `benchmarks/run_cpu.py` measures them, not a test on a busy machine."""
+    imported = gemwright("--help", PYTHONPROFILEIMPORTTIME="1").stderr.splitlines()
+    names = {line.rpartition("|")[2].strip() for line in imported}
+    assert "gemwright.cli" in names and len(names) < 250
+    assert not names & {"torch", "numpy", "transformers", "gguf", "huggingface_hub", "matplotlib", "xllamacpp"}
 
 
 @pytest.mark.parametrize(
