@@ -317,17 +317,12 @@ def test_a_profile_that_cannot_be_written_is_one_line(gemwright: Run, tmp_path: 
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr
 
 
-def test_without_measuring_it_starts_at_once_and_without_torch(tmp_path: Path) -> None:
+def test_without_measuring_it_imports_little(tmp_path: Path) -> None:
     code = (
         "import sys; from gemwright.doctor import diagnose, shown; print(shown(diagnose(probe=False)));"
         "print([m for m in ('torch', 'numpy', 'xllamacpp') if m in sys.modules])"
     )
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        environment = os.environ | {"GEMWRIGHT_HOME": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-        times.append(time.perf_counter() - started)
+    environment = os.environ | {"GEMWRIGHT_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert min(times) < 0.8
     assert doctor.__doc__

@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,12 +221,7 @@ def test_windows_without_a_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert isinstance(seen.cpu, Cpu) and seen.cpu.extensions is None
 
 
-def test_this_machine_is_read_at_once() -> None:
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        seen = inspect()
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.2
+def test_this_machine_is_read() -> None:
+    seen = inspect()
     assert seen.cpu.threads and seen.cpu.threads <= (os.cpu_count() or 1)
     assert seen.ram_total_bytes == psutil.virtual_memory().total or seen.memory_limit_bytes
