@@ -22,7 +22,7 @@ from gemwright.weights.random_model import write_random_gguf
 TINY = replace(
     SPECS["270m"], name="tiny", layers=1, hidden=32, mlp=32, heads=1, kv_heads=1, head_dim=32, vocab=32, window=16
 )
-FUZZ = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(deadline=2000, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -199,10 +199,9 @@ def test_gradients_are_no_further_off_than_their_rounding(
         found[kind] = gradient(model, rows, work)
         if kind == "fp8":
             again = gradient(model, rows, work)
-            # The order of flash attention's sums varies, and FP8 rounds to 3 bits what comes of it: 0.023 seen.
-            assert error(again[1], found[kind][1]) < 0.05  # a second visit, with scales that are known
+            assert error(again[1], found[kind][1]) < 0.02  # a second visit, with scales that are known
             streamed = gradient(new_model(file, kind, resident=False, learned=True), rows, work)
-            assert error(streamed[1], found[kind][1]) < 0.05
+            assert error(streamed[1], found[kind][1]) < 0.02
         del model
     (right_loss, right), (_, plain), (loss, ours) = found["fp32"], found["bf16"], found["fp8"]
     print(f"fp8 {error(ours, right):.4f}, bf16 {error(plain, right):.4f}, loss {loss:.4f} of {right_loss:.4f}")
