@@ -277,9 +277,7 @@ class Training:
         if self.optimizer.skipped_in_a_row >= config.patience:
             return Ending("failed", f"loss or gradient was not a number {config.patience} times in a row")
         is_best = self._evaluation_is_due() and self._evaluate()
-        every = config.save_every
-        is_due = state.step % every == 0 if every else time.monotonic() - self._saved_at_s >= SAVE_EVERY_S
-        if is_best or (is_due and not self.checkpoints.is_writing):
+        if is_best or self._checkpoint_is_due():
             self._save()
         if not self._evaluation_is_due():
             if state.step >= self.total:
@@ -289,6 +287,12 @@ class Training:
         if state.step and (reason := self.stop.reason):
             return Ending("stopped", reason)
         return None
+
+    def _checkpoint_is_due(self) -> bool:
+        """By steps each one that was asked for, by time none while another is being written."""
+        if self.config.save_every:
+            return self.state.step % self.config.save_every == 0
+        return time.monotonic() - self._saved_at_s >= SAVE_EVERY_S and not self.checkpoints.is_writing
 
     def _evaluation_is_due(self) -> bool:
         state, every = self.state, self.config.eval_every
@@ -320,7 +324,7 @@ class Training:
         return is_best
 
     def _save(self) -> None:
-        """Have a checkpoint written beside the training, unless this step's is there."""
+        """Have a checkpoint written beside the training, after what is being written, unless this step's is there."""
         if self._saved_step == self.state.step:
             return
         start = time.perf_counter()

@@ -105,7 +105,9 @@ def test_interrupted(tmp_path: Path) -> None:
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
-        time.sleep(1.0)
+        while len(list(tmp_path.iterdir())) < 2:  # until it writes
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
     assert process.returncode == 130 and said.splitlines()[-1] == "interrupted"

@@ -84,7 +84,7 @@ def hear_ctrl_c() -> None:
 def test_a_killed_worker_is_one_clear_error(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = start()
     workers_of(process)[1].kill()
-    out, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=120)
     assert process.returncode == 1 and not out and "Traceback" not in said
     assert [line for line in said.splitlines() if "killed, perhaps for want of memory" in line] == said.splitlines()[
         -1:
@@ -101,10 +101,10 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing(
     process = start(preexec_fn=hear_ctrl_c)
     workers = workers_of(process, count, busy_s)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and said.splitlines()[-1] == "interrupted" and "Traceback" not in said
     assert not left(tmp_path)
-    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def test_a_killed_program_takes_its_workers_along_and_the_next_goes_well(
@@ -113,7 +113,7 @@ def test_a_killed_program_takes_its_workers_along_and_the_next_goes_well(
     process = start()
     workers = workers_of(process)
     process.kill()
-    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     assert [name for name in left(tmp_path) if name.endswith(".part")]
     process.communicate()
     again = start()

@@ -101,13 +101,18 @@ def test_pull_of_a_local_file(gemwright: Run, tiny_model: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process of its own")
-def test_interrupting_ends_with_one_line(tiny_model: Path) -> None:
-    words = [sys.executable, "-m", "gemwright", "run", "-", "--model", str(tiny_model)]
-    pipe = subprocess.PIPE
+@pytest.mark.parametrize("after_s", [0, 0.3, 1.5], ids="{}s".format)
+def test_interrupting_ends_with_one_line(tiny_model: Path, after_s: float) -> None:
+    """Whenever it comes: while modules are imported, the engine starts, or it waits for stdin."""
+    code = "import sys, gemwright.__main__ as room; verb = room._engine_ahead\n"
+    code += "room._engine_ahead = lambda words: print('begun', flush=True) or verb(words)\n"
+    code += "room.main(['run', '-', '--model', sys.argv[1]])"
+    words, pipe = [sys.executable, "-c", code, str(tiny_model)], subprocess.PIPE
     # Whoever runs the tests in the background has them ignore Ctrl-C, and what they start with them.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heard) as started:
-        time.sleep(1.5)  # it waits for stdin
+        assert started.stdout is not None and started.stdout.readline() == b"begun\n"
+        time.sleep(after_s)
         started.send_signal(signal.SIGINT)
         shown = started.communicate()
     assert (started.returncode, shown) == (130, (b"", b"interrupted\n"))

@@ -163,6 +163,15 @@ def test_damaged_checkpoints_are_passed_over_aloud(
     assert not left.exists() and checkpoints.newest() is not None and checkpoints.steps() == [4, 6, 8]
 
 
+def test_each_checkpoint_asked_for_is_written_however_slow_the_disk(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Checkpoints._write
+    monkeypatch.setattr(Checkpoints, "_write", lambda self, made: (time.sleep(0.3), real(self, made)))
+    done = tune(config(save_every=1, keep=9, max_steps=3))
+    assert Checkpoints(done.run / "checkpoints", 9).steps() == [1, 2, 3]
+
+
 def test_without_a_checkpoint_it_begins_anew(
     stopped: Path, whole: TuneResult, capsys: pytest.CaptureFixture[str]
 ) -> None:

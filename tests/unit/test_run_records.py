@@ -188,7 +188,7 @@ def test_on_a_terminal_it_asks(tmp_path: Path, typed: bytes, stays: bool) -> Non
     words = [sys.executable, "-m", "gemwright", "runs", "delete", str(run)]
     with subprocess.Popen(words, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         os.write(ours, typed)
-        _, said = child.communicate(timeout=60)
+        _, said = child.communicate(timeout=120)
     os.close(ours)
     os.close(theirs)
     assert b"Remove it?" in said and run.exists() is stays
