@@ -127,16 +127,16 @@ def kill_at_random_moments(bench: Bench, out: Path, kills: int, seed: int, count
             continue
         process.kill()
         process.join()
+        wait_for(lambda: not RunFolder(out).is_at_work())  # a `git` that it was just starting shared its lock
         done_kills += 1
         inside = bool(list((out / "checkpoints").glob(".*.part")))
         early = not (out / "metrics.jsonl").is_file()
         hits["inside a save" if inside else "before the first step" if early else "between"] += 1
         now = newest(out)
-        survived = now >= last and (
-            not (out / "config.json").is_file() or read_run(out).record.state in ("killed", "done")
-        )
+        state = read_run(out).record.state if (out / "config.json").is_file() else "not begun"
+        survived = now >= last and state in ("not begun", "killed", "done")
         count("SIGKILL at a random moment", survived)
-        assert survived, (last, now)
+        assert survived, (last, now, state)
         last = now
     if (out / "config.json").is_file():
         bench.assert_ends_the_same(out)
