@@ -5,9 +5,13 @@ Nothing heavy is imported before `run` and `chat` have started llama.cpp's proce
 
 from __future__ import annotations
 
+import _thread
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 
 INTERRUPTED = 130
 
@@ -16,11 +20,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 done, 1 failed, 2 wrong usage or bad input, 3 does not fit, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job's stays ignored
+        signal.signal(signal.SIGINT, _hear)
+        sys.unraisablehook = _unraisable
     for stream in (sys.stdout, sys.stderr, sys.stdin):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors=None if stream is sys.stdin else "backslashreplace")
     words = [word for word in words if word != "--debug"] or ["--help"]
     sys.exit(_run(words, debug))
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C, but not in the middle of an import, where PyTorch and Python itself swallow it: then after that."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            _hear_again()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _hear_again() -> None:
+    again = threading.Timer(0.01, _thread.interrupt_main)
+    again.daemon = True
+    again.start()
+
+
+def _unraisable(ignored: sys.UnraisableHookArgs) -> None:
+    """Where others call back and drop what is raised, a Ctrl-C comes again."""
+    if ignored.exc_type is KeyboardInterrupt:
+        _hear_again()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _run(words: list[str], debug: bool) -> int:
