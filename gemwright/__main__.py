@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _hear(number: int, frame: FrameType | None) -> None:
     """Ctrl-C, but not in the middle of an import, where PyTorch and Python itself swallow it: then after that."""
-    while frame is not None:
+    while frame is not None and frame.f_code is not main.__code__:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             _hear_again()
             return
