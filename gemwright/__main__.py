@@ -5,7 +5,6 @@ Nothing heavy is imported before `run` and `chat` have started llama.cpp's proce
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import sys
@@ -41,9 +40,17 @@ def _hear(number: int, frame: FrameType | None) -> None:
 
 
 def _hear_again() -> None:
-    again = threading.Timer(0.01, _thread.interrupt_main)
+    again = threading.Timer(0.01, _interrupt)
     again.daemon = True
     again.start()
+
+
+def _interrupt() -> None:
+    """Ctrl-C for the main thread, wherever that waits."""
+    if sys.platform == "win32":
+        signal.raise_signal(signal.SIGINT)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _unraisable(ignored: sys.UnraisableHookArgs) -> None:

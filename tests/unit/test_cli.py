@@ -117,13 +117,13 @@ def test_an_interrupt_is_not_lost_where_it_is_swallowed(tmp_path: Path, source: 
     begun = "import time\ndef begun(): print('begun', flush=True); time.sleep(1)\ndef drop(): pass\n"
     (tmp_path / "swallows.py").write_text(begun + source, encoding="utf-8")
     code = "import sys, time, gemwright.__main__ as room; sys.path.append(sys.argv[1])\n"
-    code += "room._verb = lambda words: (__import__('swallows').drop(), time.sleep(20))\n"
+    code += "room._verb = lambda words: (__import__('swallows').drop(), time.sleep(60))\n"
     code += "room.main(['pull', 'swallows'])"
     words, pipe = [sys.executable, "-c", code, str(tmp_path)], subprocess.PIPE
     with subprocess.Popen(words, stdout=pipe, stderr=pipe, preexec_fn=heard) as started:
         assert started.stdout is not None and started.stdout.readline() == b"begun\n"
         started.send_signal(signal.SIGINT)
-        shown = started.communicate()
+        shown = started.communicate(timeout=30)
     assert (started.returncode, shown) == (130, (b"", b"interrupted\n"))
 
 
