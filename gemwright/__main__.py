@@ -40,17 +40,17 @@ def _hear(number: int, frame: FrameType | None) -> None:
 
 
 def _hear_again() -> None:
-    again = threading.Timer(0.01, _interrupt)
+    again = threading.Timer(0.01, _interrupt, [threading.get_ident()])  # the main thread's: no other is interrupted
     again.daemon = True
     again.start()
 
 
-def _interrupt() -> None:
-    """Ctrl-C for the main thread, wherever that waits."""
+def _interrupt(thread: int) -> None:
+    """Ctrl-C for a thread, wherever that waits."""
     if sys.platform == "win32":
         signal.raise_signal(signal.SIGINT)
     else:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        signal.pthread_kill(thread, signal.SIGINT)
 
 
 def _unraisable(ignored: sys.UnraisableHookArgs) -> None:

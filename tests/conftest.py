@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,9 @@ def gemwright() -> Callable[..., Done]:
         return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def hear_ctrl_c() -> Callable[[], object]:
+    """For `preexec_fn`: whoever runs the tests in the background has them ignore it, and what they start with them."""
+    return partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

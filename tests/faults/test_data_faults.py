@@ -98,13 +98,11 @@ def test_killed_at_any_moment_there_is_a_whole_file_or_none(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process of its own")
-def test_interrupted(tmp_path: Path) -> None:
+def test_interrupted(tmp_path: Path, hear_ctrl_c: Callable[[], object]) -> None:
     source = big(tmp_path / "a.jsonl", 200_000)
     words = [sys.executable, "-m", "gemwright", "data", "convert", str(source), str(tmp_path / "o.jsonl")]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:  # fmt: skip
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_ctrl_c) as process:
         while len(list(tmp_path.iterdir())) < 2:  # until it writes
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)

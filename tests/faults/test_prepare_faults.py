@@ -76,11 +76,6 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "prepared").iterdir() if path.suffix != ".lock")
 
 
-def hear_ctrl_c() -> None:
-    """Whoever runs the tests in the background has them ignore it, and what they start with them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_a_killed_worker_is_one_clear_error(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = start()
     workers_of(process)[1].kill()
@@ -96,7 +91,11 @@ def test_a_killed_worker_is_one_clear_error(start: Callable[..., subprocess.Pope
     ("count", "busy_s"), [(3, 0.6), (2, 0), (1, 0)], ids=["at work", "while they start", "as the first starts"]
 )
 def test_ctrl_c_ends_all_processes_and_leaves_nothing(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, count: int, busy_s: float
+    start: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    hear_ctrl_c: Callable[[], object],
+    count: int,
+    busy_s: float,
 ) -> None:
     process = start(preexec_fn=hear_ctrl_c)
     workers = workers_of(process, count, busy_s)

@@ -99,11 +99,6 @@ def test_pull_of_a_local_file(gemwright: Run, tiny_model: Path) -> None:
     assert len(row["sha256"]) == 64
 
 
-def heard() -> None:
-    """Whoever runs the tests in the background has them ignore Ctrl-C, and what they start with them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 SWALLOWED = {
     # PyTorch goes on without NumPy where it comes while that is imported, and so did the verb.
     "in an import": "try:\n    begun()\nexcept KeyboardInterrupt:\n    pass\n",
@@ -113,14 +108,16 @@ SWALLOWED = {
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process of its own")
 @pytest.mark.parametrize("source", SWALLOWED.values(), ids=SWALLOWED)
-def test_an_interrupt_is_not_lost_where_it_is_swallowed(tmp_path: Path, source: str) -> None:
+def test_an_interrupt_is_not_lost_where_it_is_swallowed(
+    tmp_path: Path, hear_ctrl_c: Callable[[], object], source: str
+) -> None:
     begun = "import time\ndef begun(): print('begun', flush=True); time.sleep(1)\ndef drop(): pass\n"
     (tmp_path / "swallows.py").write_text(begun + source, encoding="utf-8")
     code = "import sys, time, gemwright.__main__ as room; sys.path.append(sys.argv[1])\n"
     code += "room._verb = lambda words: (__import__('swallows').drop(), time.sleep(60))\n"
     code += "room.main(['pull', 'swallows'])"
     words, pipe = [sys.executable, "-c", code, str(tmp_path)], subprocess.PIPE
-    with subprocess.Popen(words, stdout=pipe, stderr=pipe, preexec_fn=heard) as started:
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, preexec_fn=hear_ctrl_c) as started:
         assert started.stdout is not None and started.stdout.readline() == b"begun\n"
         started.send_signal(signal.SIGINT)
         shown = started.communicate(timeout=30)
@@ -129,13 +126,13 @@ def test_an_interrupt_is_not_lost_where_it_is_swallowed(tmp_path: Path, source: 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process of its own")
 @pytest.mark.parametrize("after_s", [0, 0.3, 1.5], ids="{}s".format)
-def test_interrupting_ends_with_one_line(tiny_model: Path, after_s: float) -> None:
+def test_interrupting_ends_with_one_line(tiny_model: Path, hear_ctrl_c: Callable[[], object], after_s: float) -> None:
     """Whenever it comes: while modules are imported, the engine starts, or it waits for stdin."""
     code = "import sys, gemwright.__main__ as room; verb = room._engine_ahead\n"
     code += "room._engine_ahead = lambda words: print('begun', flush=True) or verb(words)\n"
     code += "room.main(['run', '-', '--model', sys.argv[1]])"
     words, pipe = [sys.executable, "-c", code, str(tiny_model)], subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heard) as started:
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=hear_ctrl_c) as started:
         assert started.stdout is not None and started.stdout.readline() == b"begun\n"
         time.sleep(after_s)
         started.send_signal(signal.SIGINT)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +365,7 @@ def test_a_process_that_is_signalled_goes_on(
     gemwright: Run,
     whole_process: tuple[dict[str, Any], list[str]],
     tmp_path: Path,
+    hear_ctrl_c: Callable[[], object],
     number: signal.Signals,
     code: int,
 ) -> None:
@@ -373,9 +373,7 @@ def test_a_process_that_is_signalled_goes_on(
     whole, words = whole_process
     run, pipe = tmp_path / "run", subprocess.PIPE
     command = [sys.executable, "-m", "gemwright", *words, str(run)]
-    # Whoever runs the tests in the background has them ignore Ctrl-C, and what they start with them.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as started:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_ctrl_c) as started:
         while len(RunFolder(run).metrics()) < 4:
             assert started.poll() is None, started.communicate()
             time.sleep(0.01)
