@@ -252,7 +252,7 @@ def test_a_second_ctrl_c_ends_at_once(run: Tune, tmp_path: Path, interrupt_at: I
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 1)
 
     def once_saved(progress: Progress) -> None:
-        while progress.step == 3 and not checkpoints.steps():  # written beside the training, at the disk's pace
+        while progress.step == 3 and 2 not in checkpoints.steps():  # written beside the training, at the disk's pace
             time.sleep(0.01)
         interrupt(progress)
 
@@ -260,7 +260,7 @@ def test_a_second_ctrl_c_ends_at_once(run: Tune, tmp_path: Path, interrupt_at: I
         run(once_saved, max_steps=9, save_every=1)
     folder = RunFolder.open(tmp_path / "run")
     assert not folder.is_at_work() and not folder.adapter.exists() and folder.summary() is None
-    assert checkpoints.newest() is not None
+    assert checkpoints.newest() is not None and checkpoints.path(2).is_dir()
 
 
 @pytest.mark.parametrize(
